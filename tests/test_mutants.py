@@ -1,0 +1,41 @@
+"""Every planted mistake is noticed by the test that its row names."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import MUTANTS, Mutant, function, plant
+from tools import mutant_page
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def killer(mutant: Mutant) -> Callable[[], None]:
+    """The named test, as a call without arguments."""
+    path, name = mutant.killed_by.split("::")
+    test = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    return lambda: test(**mutant.case)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_killed(mutant: Mutant) -> None:
+    """The test passes, fails by an assertion while the mistake is made, and passes again."""
+    test, code = killer(mutant), function(mutant.target).__code__
+    test()
+    with plant(mutant), pytest.raises((AssertionError, pytest.fail.Exception)):
+        test()
+    assert function(mutant.target).__code__ is code
+    test()
+
+
+def test_each_mistake_is_another() -> None:
+    assert len({m.name for m in MUTANTS}) == len({m.mistake for m in MUTANTS}) == len(MUTANTS)
+    assert len({(m.target, m.old, m.new) for m in MUTANTS}) == len(MUTANTS)
+    assert len(MUTANTS) >= 24
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = (ROOT / "book" / "mutants.md").read_text(encoding="utf-8")
+    assert page == mutant_page.render(), "run: python -m tools.mutant_page"

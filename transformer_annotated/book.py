@@ -1,0 +1,78 @@
+"""What every chapter needs of the book itself: its scale, its machine and its exercises."""
+
+import os
+import platform
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["check", "machine", "scale"]
+
+
+def scale() -> Literal["short", "full"]:
+    """How large the experiments of a page are.
+
+    ``"short"`` when the environment variable ``TRANSFORMER_ANNOTATED_SCALE`` is ``short`` (the
+    tests set it), ``"full"`` when it is ``full`` or not set (what the stored outputs show).
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    value = os.environ.get("TRANSFORMER_ANNOTATED_SCALE", "full")
+    if value == "short":
+        return "short"
+    if value == "full":
+        return "full"
+    raise ValueError(f"TRANSFORMER_ANNOTATED_SCALE={value!r}: expected 'short' or 'full'")
+
+
+def machine() -> str:
+    """One line about the machine: processor or GPU, threads torch uses, Python and torch versions.
+
+    It names no host and no user, so that it can be stored in a published page.
+    """
+    threads = torch.get_num_threads()
+    parts = [_processor(), f"{threads} thread{'s' if threads != 1 else ''}"]
+    if torch.cuda.is_available():
+        parts.insert(0, torch.cuda.get_device_name())
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return " ".join(value.split())
+    return platform.machine() or "unknown processor"
+
+
+def check(number: str, answer: Any) -> None:
+    """Check the answer to a numbered exercise and print what was found.
+
+    ``answer = ...`` (three dots) means that there is no answer yet. A wrong answer prints a hint;
+    it does not raise, so that a page with unanswered exercises still runs from top to bottom.
+
+    Raises:
+        ValueError: there is no exercise of that number.
+    """
+    from transformer_annotated.exercises import CHECKS
+
+    if number not in CHECKS:
+        raise ValueError(f"number={number!r}: expected one of {', '.join(sorted(CHECKS))}")
+    if isinstance(answer, EllipsisType):
+        print(f"Exercise {number}: no answer yet.")
+        return
+    try:
+        CHECKS[number](answer)
+    except AssertionError as hint:
+        print(f"Exercise {number}: not yet. {hint}".rstrip())
+    except Exception as error:
+        print(f"Exercise {number}: not yet. Checking it raised {type(error).__name__}: {error}")
+    else:
+        print(f"Exercise {number}: right.")
