@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,16 +50,18 @@ def execute(notebook: Any, root: Path, timeout: int) -> Any:
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    settings = Config()
-    if os.name == "posix":
-        settings.KernelManager.transport = "ipc"  # nothing listens on the network
-    client = NotebookClient(
-        fresh, config=settings, timeout=timeout, kernel_name=KERNELSPEC["name"],
-        resources={"metadata": {"path": str(root)}}, record_timing=False, coalesce_streams=True,
-    )
     environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    client.execute(env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Config()
+        if os.name == "posix":  # nothing listens on the network; the sockets lie in the folder
+            settings.KernelManager.transport = "ipc"
+            settings.KernelManager.ip = str(Path(folder) / "kernel")
+        client = NotebookClient(
+            fresh, config=settings, timeout=timeout, kernel_name=KERNELSPEC["name"],
+            resources={"metadata": {"path": str(root)}}, record_timing=False, coalesce_streams=True,
+        )  # fmt: skip
+        client.execute(env=environment)
     return fresh
 
 
@@ -72,7 +75,9 @@ def tidy(notebook: Any) -> None:
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = dict(KERNELSPEC)
     notebook.metadata["language_info"] = {
-        "file_extension": ".py", "mimetype": "text/x-python", "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
         "pygments_lexer": "ipython3",
     }
 
@@ -88,8 +93,12 @@ def record(text: str, seconds: float) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "machine": machine(), "scale": scale(), "seconds": round(seconds, 1),
-        "source_sha256": sha256(text), "synced_sha256": sha256(text), "versions": versions,
+        "machine": machine(),
+        "scale": scale(),
+        "seconds": round(seconds, 1),
+        "source_sha256": sha256(text),
+        "synced_sha256": sha256(text),
+        "versions": versions,
     }
 
 

@@ -59,7 +59,11 @@ def sync(chapter: Pair) -> str:
     if last == sha256(source):
         return _to_module(chapter, text, "notebook -> module")
     difference = difflib.unified_diff(
-        text.splitlines(), source.splitlines(), str(chapter.notebook), str(chapter.module), n=2,
+        text.splitlines(),
+        source.splitlines(),
+        str(chapter.notebook),
+        str(chapter.module),
+        n=2,
         lineterm="",
     )
     raise Conflict("\n".join(difference))

@@ -18,7 +18,15 @@ _NAMES = {
     "paper.embedding": ["Embedding", "Head", "Sinusoid"],
     "paper.transformer": [
         "Config", "DECODER_ONLY", "ENCODER_ONLY", "Layer", "LayerCache", "PAPER_BASE",
-        "PAPER_BIG", "SDPA", "Stack", "StackConfig", "Transformer",
+        "PAPER_BIG", "SDPA", "Stack", "StackConfig", "Transformer", "count_parameters",
+    ],
+    "paper.toy": ["Batch", "Vocabulary", "batches", "collate"],
+    "paper.first_translation": [
+        "History", "Translator", "cross_entropy", "exact_match", "greedy", "rise_and_fall",
+        "train", "translate",
+    ],
+    "paper.multi30k": [
+        "bleu", "bucketed", "detokenize", "label_smoothing", "paper_rate", "tokenizer",
     ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

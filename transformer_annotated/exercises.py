@@ -221,7 +221,7 @@ def _(answer: Any) -> None:
     visible[2] = False
     weights = answer(scores, visible)
     expected = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
-    close(weights[[0, 1, 3]], expected[[0, 1, 3]], hint="Rows that see something should not change.")
+    close(weights[[0, 1, 3]], expected[[0, 1, 3]], hint="A row that sees some should stay.")
     close(weights[2], torch.zeros(5), hint="A row that sees nothing should be zero.")
     (gradient,) = torch.autograd.grad(weights.square().sum(), scores)
     assert bool(gradient.isfinite().all()), "The values are right, but a gradient is not finite."
@@ -313,3 +313,69 @@ def _(answer: Any) -> None:
 @exercise("7.3")
 def _(answer: Any) -> None:
     close(answer, 37_888_000, rel=1e-9, hint="One table remains.")
+
+
+# Chapter 8, The whole model
+
+
+@exercise("8.1")
+def _(answer: Any) -> None:
+    from transformer_annotated.paper.transformer import PAPER_BASE, count_parameters, patch
+
+    expected = count_parameters(patch(PAPER_BASE, {"n_layers": 12}))["total"]
+    close(answer, expected, rel=1e-9, hint="Six more layers in each of the two stacks.")
+
+
+@exercise("8.2")
+def _(answer: Any) -> None:
+    from transformer_annotated.paper.transformer import count_parameters
+
+    assert answer.encoder is None, "Leave out the encoder, and what reads it."
+    count = count_parameters(answer)
+    hint = "Width 768, 12 layers, 12 heads, hidden width 3072, vocabulary 50,257."
+    assert (count["decoder"], count["embedding"]) == (85_054_464, 38_597_376), hint
+    assert answer.decoder.self_attention.kwargs["n_heads"] == 12, hint
+
+
+@exercise("8.3")
+def _(answer: Any) -> None:
+    close(answer, 12 * 2_099_712 / 63_082_496, rel=1e-3, hint="Twelve layers have one each.")
+
+
+# Chapter 10, First translation
+
+
+@exercise("10.1")
+def _(answer: Any) -> None:
+    close(answer, 0.6931472, rel=1e-4, hint="Minus the natural logarithm of the probability.")
+
+
+@exercise("10.2")
+def _(answer: Any) -> None:
+    close(answer, [6, 6], hint="BOS is read, EOS is predicted, and the last word must be followed.")
+
+
+@exercise("10.3")
+def _(answer: Any) -> None:
+    hint = "Count the positive outputs of the activation, at real positions only."
+    assert 0.02 < float(answer) < 0.6, hint
+
+
+# Chapter 11, A real corpus
+
+
+@exercise("11.1")
+def _(answer: Any) -> None:
+    close(answer, (512 * 4000) ** -0.5, hint="At the end of the warm-up both branches meet.")
+
+
+@exercise("11.2")
+def _(answer: Any) -> None:
+    wrong, right = 0.1 / 37_000, 0.9 + 0.1 / 37_000
+    q = torch.tensor([right] + [wrong] * 36_999, dtype=torch.float64)
+    close(answer, -(q * q.log()).sum(), rel=1e-3, hint="The best p is q itself: its entropy.")
+
+
+@exercise("11.3")
+def _(answer: Any) -> None:
+    close(answer, 123, rel=1e-9, hint="Thirteen positions a sentence, and no half sentences.")

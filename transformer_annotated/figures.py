@@ -164,10 +164,11 @@ def seams(lit: Sequence[str] = (), *, ax: Axes | None = None) -> Axes:
     ax.set_axis_off()
     ax.set(xlim=(-0.9, 10.9), ylim=(-0.9, 10.4))
     for name, text, x, y, width, height in _BOXES:
-        on = name in lit
+        on, absent = name in lit, "none" in text
         box = FancyBboxPatch(
             (x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12",
-            facecolor=COLORS[1] if on else "#F3F6FA", edgecolor="#555555", linewidth=1.0,
+            facecolor=COLORS[1] if on else "white" if absent else "#F3F6FA",
+            edgecolor="#555555", linewidth=1.0, linestyle="--" if absent and not on else "-",
         )  # fmt: skip
         ax.add_patch(box)
         ax.text(
@@ -179,8 +180,20 @@ def seams(lit: Sequence[str] = (), *, ax: Axes | None = None) -> Axes:
     def up(x: float, start: float, end: float) -> None:
         ax.annotate("", (x, end), (x, start), arrowprops=arrow)
 
-    for x, levels in ((2.2, (-0.6, 0.0)), (7.8, (-0.6, 0.0))):
-        up(x, *levels)
+    def around(x: float, start: float, end: float) -> None:
+        ax.plot([x + 1.7, x - 0.14, x - 0.14], [start, start, end], color="#555555", linewidth=0.9)
+        ax.annotate("", (x, end), (x - 0.14, end), arrowprops={**arrow, "linewidth": 0.9})
+
+    for x, start, end in (
+        (0.5, 1.5, 3.05), (0.5, 3.6, 4.95), (6.1, 1.5, 3.05), (6.1, 3.6, 5.25), (6.1, 5.8, 7.15),
+    ):  # fmt: skip
+        around(x, start, end)
+    for x in (2.2, 7.8):
+        up(x, -0.6, 0.0)
+    shared: dict[str, Any] = {"color": COLORS[0], "linestyle": ":", "linewidth": 1.4}
+    ax.plot([3.95, 6.05], [0.45, 0.45], **shared)
+    ax.plot([9.55, 10.6, 10.6, 9.55], [0.45, 0.45, 9.4, 9.4], **shared)
+    ax.text(5.0, 0.2, "one table", fontsize=8.5, color=COLORS[0], ha="center", va="center")
     for start, end in ((0.9, 1.7), (2.6, 2.8), (3.3, 3.9), (4.5, 4.7), (5.2, 5.9)):
         up(2.2, start, end)
     spans = ((0.9, 1.7), (2.6, 2.8), (3.3, 3.9), (4.8, 5.0), (5.5, 6.1), (6.7, 6.9), (7.4, 8.1))
@@ -189,13 +202,13 @@ def seams(lit: Sequence[str] = (), *, ax: Axes | None = None) -> Axes:
     ax.plot([2.2, 2.2, 5.0, 5.0], [6.4, 7.0, 7.0, 4.35], color="#555555", linewidth=1.0)
     ax.annotate("", (6.1, 4.35), (5.0, 4.35), arrowprops=arrow)
     ax.text(5.1, 7.15, "memory", fontsize=8.5, ha="right")
-    for x, top, label in ((0.25, 5.35, "encoder layer × N"), (5.85, 7.55, "decoder layer × N")):
+    for x, top, label in ((0.2, 5.35, "encoder layer × N"), (5.8, 7.55, "decoder layer × N")):
         frame = FancyBboxPatch(
-            (x, 1.35), 3.9, top - 1.35, boxstyle="round,pad=0.02,rounding_size=0.15",
+            (x, 1.3), 4.0, top - 1.3, boxstyle="round,pad=0.02,rounding_size=0.15",
             facecolor="none", edgecolor="#999999", linestyle="--", linewidth=1.0,
         )  # fmt: skip
         ax.add_patch(frame)
-        side = x - 0.15 if x < 5 else x + 4.1
+        side = x - 0.15 if x < 5 else x + 4.2
         turn = "right" if x < 5 else "left"
         ax.text(
             side, (1.35 + top) / 2, label, fontsize=8.5, rotation=90, va="center", ha=turn,

@@ -67,14 +67,12 @@ def without_chapter_text(
         lines[:0] = ["..", ""]  # else napoleon takes what stands before a colon for a type
 
 
-def joined_names(
-    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def joined_names(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """``embedding, head: text`` names two things; Sphinx would read a type and a name."""
     for number, line in enumerate(lines):
         if match := re.match(r":(ivar|param) (\w+(?:, \w+)+):", line):
             names = match[2].replace(", ", ",\u200b")
-            lines[number] = f":{match[1]} {names}:{line[match.end():]}"
+            lines[number] = f":{match[1]} {names}:{line[match.end() :]}"
 
 
 def setup(app: Any) -> dict[str, Any]:
