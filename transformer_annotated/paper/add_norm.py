@@ -3,7 +3,7 @@ r"""
 # Add & Norm
 
 What surrounds every sub-layer: dropout, a residual connection, and layer normalisation, in the order of the paper.
-The order is the most copied-wrong detail of the Transformer.
+The order is easily got wrong.
 """
 
 # %% [markdown]
@@ -48,15 +48,18 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes
 #
 #
 # for depth in (1, 6, 12, 24):
-#     print(f"depth {depth:2d}   replaced {gradient_at_input(depth, False):9.2e}   "
-#           f"added {gradient_at_input(depth, True):9.2e}")
+#     print(
+#         f"depth {depth:2d}   replaced {gradient_at_input(depth, False):9.2e}   "
+#         f"added {gradient_at_input(depth, True):9.2e}"
+#     )
 
 # %% [markdown]
-# Replaced, the signal loses most of its size at each layer, and after 24 there is nothing to learn from. Added, it arrives. The sum has a
-# direct way from top to bottom that no matrix stands on {cite:p}`he2016deep`. That is the **residual connection**, and it is why a sub-layer
+# Replaced, the signal loses most of its size at each layer, and after 24 there is nothing to learn from. How fast it fades depends on the first weights; with
+# others it fades more slowly, or explodes. Added, it arrives whatever they are: the sum has a direct way from top to bottom on which no matrix stands
+# {cite:p}`he2016deep,he2016identity`. That is the **residual connection**, and it is why a sub-layer
 # must return as many numbers as it gets.
 #
-# But look at the last column again. It grows. Each addition makes the vector larger:
+# The gradient grows a little with depth. So does the vector itself:
 
 # %% tags=["active-ipynb"]
 # with torch.no_grad():
@@ -68,7 +71,7 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes
 #             y = y + networks[depth](y)
 
 # %% [markdown]
-# Here the growth is mild, since fresh networks answer softly. Trained ones do not. Something has to hold the size of the vectors.
+# Here the growth is mild, since the outputs of fresh networks are small. In trained networks it can be much larger. Something has to hold the size of the vectors.
 #
 # ## Layer normalisation by hand
 #
@@ -84,7 +87,7 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes
 
 # %% [markdown]
 # Compute the variance yourself: $(9 + 1 + 1 + 9) / 4 = 5$. Divided by 4, not by 3. `torch.var` and `torch.std` divide by 3 unless told otherwise, and
-# a well-known annotated Transformer was built on `std`.
+# implementations have been built on them by mistake.
 #
 # The normalised vector is then stretched and shifted by learned numbers, one pair for each of the $D$ places
 # {cite:p}`ba2016layer`:
@@ -138,7 +141,7 @@ class LayerNorm(nn.Module):
 # print("a constant vector:", norm(torch.full((4,), 7.0)).data)
 
 # %% [markdown]
-# Against PyTorch's own, output and gradients, with weights and biases redrawn. With fresh ones and zeros, a norm that forgets
+# Against PyTorch's own, output and gradients, with weights and biases redrawn. Fresh weights are all 1 and fresh biases all 0: a norm that forgets
 # to use them would pass.
 
 # %% tags=["active-ipynb"]
@@ -150,8 +153,11 @@ class LayerNorm(nn.Module):
 # x = torch.randn(3, 5, 32, dtype=torch.float64, requires_grad=True)
 # direction = torch.randn(3, 5, 32, dtype=torch.float64)
 # pairs = [(ours(x), theirs(x))]
-# pairs += zip(torch.autograd.grad(ours(x), [x, *ours.parameters()], direction),
-#              torch.autograd.grad(theirs(x), [x, *theirs.parameters()], direction), strict=True)
+# pairs += zip(
+#     torch.autograd.grad(ours(x), [x, *ours.parameters()], direction),
+#     torch.autograd.grad(theirs(x), [x, *theirs.parameters()], direction),
+#     strict=True,
+# )
 # for a, b in pairs:
 #     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 # print("output and three gradients equal, to 1e-10")
@@ -167,11 +173,15 @@ class LayerNorm(nn.Module):
 #         bessel = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt()
 #         print(f"D = {d:3d}   largest error with D - 1: {(bessel - right).abs().max():.4f}")
 #     small = 1e-3 * torch.randn(100, 64)
-#     outside = (small - small.mean(-1, keepdim=True)) / (small.std(-1, correction=0, keepdim=True) + 1e-5)
-#     print(f"small vectors, epsilon outside: {(outside - F.layer_norm(small, (64,))).abs().max():.2f}")
+#     outside = (small - small.mean(-1, keepdim=True)) / (
+#         small.std(-1, correction=0, keepdim=True) + 1e-5
+#     )
+#     print(
+#         f"small vectors, epsilon outside: {(outside - F.layer_norm(small, (64,))).abs().max():.2f}"
+#     )
 
 # %% [markdown]
-# At width 512 the first is in the third digit. No loss curve will show it. It shows as soon as you load somebody's weights and compare.
+# At width 512 the first is in the third digit. No loss curve will show it. It shows as soon as you load somebody's weights and compare. The second error is large, because for such small vectors $\epsilon$ is larger than the variance.
 #
 # ## Dropout
 #
@@ -186,7 +196,9 @@ class LayerNorm(nn.Module):
 #
 # torch.manual_seed(0)
 # ones = torch.ones(100_000)
-# print(f"share of zeros {dropout(ones, 0.1).eq(0).float().mean():.3f}   mean {dropout(ones, 0.1).mean():.3f}")
+# print(
+#     f"share of zeros {dropout(ones, 0.1).eq(0).float().mean():.3f}   mean {dropout(ones, 0.1).mean():.3f}"
+# )
 
 # %% [markdown]
 # The paper applies it in two places with $p = 0.1$ (section 5.4): to the output of each sub-layer *before* it is added, and to the sum of
@@ -229,7 +241,7 @@ class PostNorm(nn.Module):
 # The last line is {eq}`eq-post-norm`. `sublayer` is any function from `(B, T, D)` to `(B, T, D)`; the frame does not care what it does.
 # `norm` is a spec, so RMSNorm can take the place of `LayerNorm`.
 #
-# This class is the seam `residual`. Most code that people learn from puts the norm elsewhere, `x + dropout(sublayer(norm(x)))`, while quoting the sentence
+# This class is the seam `residual`. Much teaching code puts the norm elsewhere, `x + dropout(sublayer(norm(x)))`, while quoting the sentence
 # above. That is **pre-norm**. It is easier to train and has another normalisation behind it. It is not what the paper describes. You see the difference in the size of
 # what comes out:
 
@@ -256,7 +268,7 @@ class PostNorm(nn.Module):
 # %% [markdown]
 # In {numref}`fig-residual` the post-norm line is flat at 1: each layer ends in a norm. The pre-norm line rises, because nothing ever shrinks the sum.
 #
-# Post-norm has a price, and the paper pays it with a warm-up of the learning rate: at the start, gradients near the top are large. Part III puts both side by side, at
+# Post-norm has a price, and the paper pays it with a warm-up: the learning rate starts near zero and rises (Chapter 10). At the start, gradients near the top are large. Part III puts both side by side, at
 # depth 6, 12 and 24, with and without warm-up, and shows which runs fail {cite:p}`xiong2020layer`.
 #
 # ## Proof
@@ -277,8 +289,13 @@ class PostNorm(nn.Module):
 # with torch.no_grad():
 #     stock.self_attn.in_proj_weight.copy_(torch.cat([p.weight for p in qkv]))
 #     stock.self_attn.in_proj_bias.copy_(torch.cat([p.bias for p in qkv]))
-# for mine, its in ((attention.out_proj, stock.self_attn.out_proj), (ffn.up, stock.linear1), (ffn.down, stock.linear2),
-#                   (frames[0].norm, stock.norm1), (frames[1].norm, stock.norm2)):
+# for mine, its in (
+#     (attention.out_proj, stock.self_attn.out_proj),
+#     (ffn.up, stock.linear1),
+#     (ffn.down, stock.linear2),
+#     (frames[0].norm, stock.norm1),
+#     (frames[1].norm, stock.norm2),
+# ):
 #     its.load_state_dict(mine.state_dict())
 
 # %% tags=["active-ipynb"]
@@ -287,14 +304,18 @@ class PostNorm(nn.Module):
 # theirs = stock(x)
 # direction = torch.randn(2, 5, 16)
 # torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-# torch.testing.assert_close(torch.autograd.grad(ours, x, direction), torch.autograd.grad(theirs, x, direction),
-#                            rtol=0, atol=1e-5)
+# torch.testing.assert_close(
+#     torch.autograd.grad(ours, x, direction),
+#     torch.autograd.grad(theirs, x, direction),
+#     rtol=0,
+#     atol=1e-5,
+# )
 # print("one encoder layer equals PyTorch's, output and gradient, to 1e-5")
 
 # %% [markdown]
 # ## How it breaks
 #
-# - *Pre-norm sold as post-norm.* Shapes agree, training works. Check the size of the output: post-norm gives variance 1 at the start.
+# - *Pre-norm called post-norm.* Shapes agree, training works. Check the size of the output: post-norm gives variance 1 at the start.
 # - *`std` in the norm.* An error in the third digit. Compare with `nn.LayerNorm` at a small width, where it is large.
 # - *Dropout after the addition.* It then drops the direct way too, and a share of the input is lost in each layer.
 # - *A model left in training mode.* The same sentence gives two answers. Call `eval()` before you look at anything.

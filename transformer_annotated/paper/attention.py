@@ -105,20 +105,30 @@ def attend_by_loop(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 # %% [markdown]
 # No loop is left. Each row of the softmax looks at one row of scores: `dim=-1`, over the keys. Over the wrong axis the
-# shapes still fit, the loss still falls a little, and the columns sum to one instead of the rows. {numref}`fig-by-hand`
+# shapes still fit, and the columns sum to one instead of the rows. {numref}`fig-by-hand`
 # shows the right way round.
 
 # %% mystnb={"figure": {"caption": "Each row sums to one: every query divides one unit of attention among the keys.", "name": "fig-by-hand"}, "image": {"alt": "A heat map of three rows, one a query, and three columns, the words der, Hund and schl\u00e4ft. In the first row Hund has 0.67. The third row gives der 0.87."}} tags=["active-ipynb"]
 # import matplotlib.pyplot as plt
 #
+# from transformer_annotated import figures
+#
 # fig, ax = plt.subplots(figsize=(7.2, 2.4))
-# figures.heatmap(ax, torch.softmax(scores, dim=-1), rows=["query 1", "query 2", "query 3"],
-#                 cols=words, values=".2f", vmin=0, vmax=1)
+# figures.heatmap(
+#     ax,
+#     torch.softmax(scores, dim=-1),
+#     rows=["query 1", "query 2", "query 3"],
+#     cols=words,
+#     values=".2f",
+#     vmin=0,
+#     vmax=1,
+# )
 # ax.set_xticklabels(words, rotation=0)
 # ax.set_title("attention weights");
 
 # %% [markdown]
-# Read it by rows. Query 1 is ours. Query 3 dislikes the second number of a key, so it turns to *der*.
+# Read it by rows. Query 1 is ours. Query 3 has −1 in second place, so keys with a large second number score low, and
+# *der* is what remains.
 #
 # ## Why divide by $\sqrt{d}$
 #
@@ -130,7 +140,9 @@ def attend_by_loop(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 # for d in (4, 16, 64, 256, 1024):
 #     q, k = torch.randn(4000, d), torch.randn(4000, d)
 #     dots = (q * k).sum(dim=-1)
-#     print(f"d = {d:4d}   variance of q·k = {dots.var():7.1f}   after division = {(dots / d**0.5).var():.2f}")
+#     print(
+#         f"d = {d:4d}   variance of q·k = {dots.var():7.1f}   after division = {(dots / d**0.5).var():.2f}"
+#     )
 
 # %% [markdown]
 # The variance is $d$, up to chance: a sum of $d$ products, each of variance 1. So typical scores grow like
@@ -161,14 +173,21 @@ def saturation(widths: Sequence[int], n_keys: int = 32, trials: int = 400) -> di
 # fig, ax = plt.subplots(figsize=(7.2, 2.8))
 # ax.plot(widths, norms["unscaled"], "o-", label="q·k")
 # ax.plot(widths, norms["scaled"], "s-", label="q·k / √d")
-# ax.set(xscale="log", xticks=widths, xticklabels=widths, ylim=(0, None),
-#        xlabel="head width d", ylabel="gradient through the softmax")
+# ax.set(
+#     xscale="log",
+#     xticks=widths,
+#     xticklabels=widths,
+#     ylim=(0, None),
+#     xlabel="head width d",
+#     ylabel="gradient through the softmax",
+# )
 # ax.minorticks_off()
 # ax.legend();
 
 # %% [markdown]
 # In {numref}`fig-saturation`, follow the blue curve from left to right: the wider the head, the less gets through. The
-# orange one stays where it is. Dividing by $\sqrt{d}$ makes the variance of the scores 1 at every width, and this is
+# orange one stays where it is. For narrow heads there is no loss; at the paper's 64 it has begun, and at 1024 about a quarter is left. What the
+# division buys is that the width stops mattering. Dividing by $\sqrt{d}$ makes the variance of the scores 1 at every width, and this is
 # the paper's equation 1 {cite:p}`vaswani2017attention`:
 #
 # $$
@@ -176,13 +195,14 @@ def saturation(widths: Sequence[int], n_keys: int = 32, trials: int = 400) -> di
 # $$ (eq-attention)
 #
 # Bahdanau's attention from Chapter 1 computed each score with a small network. The dot product needs no parameters and
-# is one matrix product for all pairs. The paper found the two alike in quality at small widths, additive better
-# at large widths without the division, and gave the reason you have just measured (section 3.2.1).
+# is one matrix product for all pairs. The paper reports, citing {cite:t}`britz2017massive`, that the two are alike in quality at small widths and that
+# additive attention is better at large ones without the division. It suspects the reason you have just measured (section 3.2.1).
 #
 # ## What may be seen
 #
-# A decoder that predicts word 3 must not look at word 3. A batch with a short sentence has filler at its end, and nobody
-# should look at that. Both are the same thing: for some pairs of query and key, the answer to *may I look?* is no. A
+# A decoder's input is shifted by one place, as in Chapter 1: place 3 holds word 2 and must predict word 3. So place 3 may see places 1 to 3, itself
+# included, and nothing later. A batch with a short sentence has filler at its end, called **padding**, and nobody should look at that. Both are
+# the same thing: for some pairs of query and key, the answer to *may I look?* is no. A
 # table of yes and no for all pairs is a **mask**.
 #
 # Conventions differ, and mixing them up is the classic mistake: PyTorch's `nn.MultiheadAttention` says True for
@@ -274,8 +294,16 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 # names = ["padding", "causal", "padding & causal"]
 # for ax, name, mask in zip(axes, names, (padding, causal, padding & causal), strict=True):
 #     table = mask.dense(1, 6, 6).expand(1, 1, 6, 6)[0, 0]
-#     figures.heatmap(ax, (~table).float(), rows="123456", cols="123456", title=name, vmin=0, vmax=1.4,
-#                     col_label="key")
+#     figures.heatmap(
+#         ax,
+#         (~table).float(),
+#         rows="123456",
+#         cols="123456",
+#         title=name,
+#         vmin=0,
+#         vmax=1.4,
+#         col_label="key",
+#     )
 # axes[0].set_ylabel("query");
 
 # %% [markdown]
@@ -322,8 +350,29 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 # number, which keeps the softmax finite. Then hidden weights become exactly 0. A query that sees something gets the
 # same numbers as before. A query that sees nothing gets zeros, and finite gradients.
 #
-# Before the function, the shape of its arguments. `Bias` is anything that can be added to the scores, and `Attend` is
-# the signature that this chapter's result will have. Part I has no bias; the argument is there for ALiBi.
+# In four lines, for one head of one sentence:
+
+# %% tags=["active-ipynb"]
+# def attend_plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+#     scores = q @ k.T / q.shape[-1] ** 0.5
+#     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+#     weights = torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
+#     return weights @ v
+#
+#
+# attend_plain(
+#     three_queries, key, value, torch.tensor([[True] * 3, [True, False, False], [False] * 3])
+# )
+
+# %% [markdown]
+# Three rows: a query that sees everything, one that sees only *der*, one that sees nothing.
+#
+# The library's version does the same for whole batches. Seven letters name its shapes, here and everywhere: $B$ sentences, $H$ query heads, $K$ key
+# heads, $T$ queries, $S$ keys, $d$ numbers in a query or key, $e$ in a value. Heads are the next chapter; until then $H = K = 1$, one more axis in
+# front. It also has arguments that do nothing unless a later part uses them: `bias` adds something to the scores, `softcap` squashes them, `scale` replaces
+# $1/\sqrt{d}$. Skip them on a first reading.
+#
+# `Bias` is anything that can be added to the scores. `Attend` is the signature that `attend` will have.
 
 # %%
 class Bias(Protocol):
@@ -381,13 +430,8 @@ def attention_weights(
 
 # %% [markdown]
 # Read it against {eq}`eq-attention`. `(q * scale) @ k.transpose` is $QK^\top / \sqrt{d}$. The factor goes to the queries
-# first, which is the same number and cannot overflow in half precision. `scores.to(...)` makes the softmax at least 32 bits
-# wide. Three arguments do nothing by default: `bias`, `softcap` and a `scale` of your own. And `repeat_interleave` runs
-# only if there are fewer key heads than query heads. These are the places where Part III plugs in its patches. The paper
-# uses none of them.
-#
-# Four letters name the shape of everything from here on: $B$ sentences, $H$ heads, $T$ queries, $S$ keys, and $d$ numbers
-# a head. Heads are the next chapter. Until then $H = 1$, one more axis in front.
+# first, which is the same up to rounding and overflows later in 16 bits. `scores.to(...)` makes the softmax at least 32 bits
+# wide. `repeat_interleave` runs only if there are fewer key heads than query heads. The paper has neither that nor `bias` nor `softcap`.
 
 # %%
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -466,8 +510,12 @@ def attend(
 # torch.manual_seed(0)
 # inputs = heads(5, 7)
 # ours = attend(*inputs)
-# loop = torch.stack([torch.stack([attend_by_loop(*(x[b, h] for x in inputs), scale=8**-0.5)
-#                                  for h in range(3)]) for b in range(2)])
+# loop = torch.stack(
+#     [
+#         torch.stack([attend_by_loop(*(x[b, h] for x in inputs), scale=8**-0.5) for h in range(3)])
+#         for b in range(2)
+#     ]
+# )
 # for a, b in zip((ours, *gradients(ours, inputs)), (loop, *gradients(loop, inputs)), strict=True):
 #     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 # print("output and three gradients equal the loop's, to 1e-10")
@@ -489,7 +537,9 @@ def attend(
 # for name, mask in rules.items():
 #     ours = attend(*inputs, mask)
 #     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=mask.dense(2, 5, 7))
-#     for a, b in zip((ours, *gradients(ours, inputs)), (theirs, *gradients(theirs, inputs)), strict=True):
+#     for a, b in zip(
+#         (ours, *gradients(ours, inputs)), (theirs, *gradients(theirs, inputs)), strict=True
+#     ):
 #         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 #     print(f"{name:9s} equal to PyTorch in value and gradient")
 # print("a query that sees nothing gives", attend(*inputs, rules["padding"])[1].abs().max().item())
@@ -549,7 +599,7 @@ def sdpa(
 # %% [markdown]
 # The default model of this book computes attention by the formula, so that you can look inside. Where speed counts, one patch
 # exchanges `attend` for `sdpa`, and nothing else changes. What that buys depends on the length of the sentences and on the
-# machine; Part V measures it.
+# machine.
 #
 # ## What it costs
 #
@@ -561,19 +611,18 @@ def sdpa(
 #     print(f"T = {T:6d}   weights of one head in 32 bits: {4 * T * T / 2**20:10.1f} MiB")
 
 # %% [markdown]
-# At 128 words nobody notices. At 131,072 the weights of a single head fill a large accelerator's memory. Much of what happened between
+# At 128 words nobody notices. At 131,072 the weights of a single head take 64 GiB, most of an 80 GB accelerator. Much of what happened between
 # 2017 and today is an answer to this column: kernels that never store the weights {cite:p}`dao2022flashattention`, windows
-# that hide distant keys {cite:p}`beltagy2020longformer,jiang2023mistral`, fewer key heads {cite:p}`ainslie2023gqa`. Each has a chapter
-# later on.
+# that hide distant keys {cite:p}`beltagy2020longformer,jiang2023mistral`. Later parts will build both.
 #
 # ## How it breaks
 #
-# - *An inverted mask.* Training loss falls fast to almost nothing, and translations are rubbish: the decoder has been
+# - *An inverted mask.* Training loss may fall to almost nothing while translations are rubbish: the decoder has been
 #   copying the word it should predict. Check that changing a later word leaves earlier outputs untouched.
 # - *The softmax over the wrong axis.* Rows no longer sum to one. Assert it once on real weights.
 # - *A float mask of zeros and ones.* Some functions *add* it to the scores, so hidden keys lose only a little. `Mask` takes
 #   bool and nothing else.
-# - *A missing $\sqrt{d}$.* Learning is slow from the start, worse with wider heads.
+# - *A missing $\sqrt{d}$.* Print the variance of the scores: it should be near 1 at the start.
 # - *A row of `nan`.* Some query sees nothing, and somebody used $-\infty$.
 #
 # ## Takeaways
@@ -599,8 +648,10 @@ def sdpa(
 # scores = torch.zeros(1, 1, 1, 4)
 # seen = torch.tensor([[True, True, True, False]])
 # q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2)
-# answer = [attention_weights(q, k)[0, 0, 0, 0].item(),
-#           attention_weights(q, k, Mask(padding=seen))[0, 0, 0, 0].item()]
+# answer = [
+#     attention_weights(q, k)[0, 0, 0, 0].item(),
+#     attention_weights(q, k, Mask(padding=seen))[0, 0, 0, 0].item(),
+# ]
 # check("3.1", answer)
 
 # %% [markdown]

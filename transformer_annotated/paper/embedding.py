@@ -53,8 +53,8 @@ from transformer_annotated.paper.recurrent import check_ids
 # print(attend(y, y, y)[0, 0, 1])
 
 # %% [markdown]
-# The first line is what word 0 learns in the first order, the second what it learns in the other. They are the same: a weighted average does not know the
-# order of what it averages. To this model *dog bites man* and *man bites dog* are one sentence. The recurrent network of Chapter 1 knew the order
+# The first line is what word 0 learns in the first order, the second what it learns in the other. They are the same: without a mask, a weighted average does not know the
+# order of what it averages. To such a model *dog bites man* and *man bites dog* are one sentence. The recurrent network of Chapter 1 knew the order
 # because it read in order. Here the order has to be written into the vectors.
 #
 # ## A clock with many hands
@@ -69,12 +69,10 @@ from transformer_annotated.paper.recurrent import check_ids
 # \omega_i = 10000^{-2i/D}
 # $$ (eq-sinusoid)
 #
-# The first hand turns one radian a position, once around in about 6. The last takes nearly $2\pi \cdot 10000$ positions.
+# Here $p = 0, 1, 2, \ldots$ is the position and $i = 0, \ldots, D/2 - 1$ the hand. The first hand turns one radian a position, once around in about 6. At $D = 512$ the last takes nearly $2\pi \cdot 10000$ positions.
 
 # %%
-def frequencies(
-    d_model: int, base: float = 10_000.0, device: torch.device | None = None
-) -> Tensor:
+def frequencies(d_model: int, base: float = 10_000.0, device: torch.device | None = None) -> Tensor:
     """Radians a position for each pair, base^(-2i / D): `(D/2,)`, in 32 bits in any model."""
     pairs = torch.arange(0, d_model, 2, device=device)  # 2i = 0, 2, 4, ...
     return base ** (-pairs / d_model)
@@ -124,14 +122,24 @@ class Sinusoid(nn.Module):
 # %% mystnb={"figure": {"caption": "Left to right the hands get slower: the first columns flicker from position to position, the last hardly move.", "name": "fig-sinusoid"}, "image": {"alt": "A heat map of 64 positions down and 64 dimensions across, with fast stripes at the left that stretch into slow bands at the right."}} tags=["active-ipynb"]
 # import matplotlib.pyplot as plt
 #
+# from transformer_annotated import figures
+#
 # encoding = Sinusoid(d_model=64)(torch.arange(64)[None])[0]  # (T, D)
 # fig, ax = plt.subplots(figsize=(7.2, 3.4))
-# image = figures.heatmap(ax, encoding, row_label="position", col_label="dimension",
-#                         cmap=figures.DIVERGING, vmin=-1, vmax=1)
+# image = figures.heatmap(
+#     ax,
+#     encoding,
+#     row_label="position",
+#     col_label="dimension",
+#     cmap=figures.DIVERGING,
+#     vmin=-1,
+#     vmax=1,
+# )
 # fig.colorbar(image, ax=ax);
 
 # %% [markdown]
-# Read {numref}`fig-sinusoid` down a column to watch one hand. Read it along a row to see the time.
+# Read {numref}`fig-sinusoid` down a column to watch one hand. Read it along a row to see the time. A pair is two columns: on the right, where the hands
+# have hardly moved, the sine is near 0 (white) and the cosine near 1 (red).
 #
 # ## A shift is a rotation
 #
@@ -145,7 +153,7 @@ class Sinusoid(nn.Module):
 # \begin{pmatrix} \sin p\omega \\ \cos p\omega \end{pmatrix}
 # $$ (eq-rotation)
 #
-# The matrix knows $k$ and not $p$. So a learned projection can express *three words back* once, for all positions. Check it with one matrix for the whole
+# The matrix knows $k$ and not $p$. So a projection can learn *three words back* once, for all positions. Check it with one matrix for the whole
 # clock:
 
 # %%
@@ -164,7 +172,7 @@ def shift_matrix(d_model: int, k: int) -> Tensor:
 # print("one matrix, fifty starting points, largest error below 1e-5:", error < 1e-5)
 # assert error < 1e-5
 
-# %%
+# %% tags=["hide-input"]
 def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
     """Draw positions of one hand on the unit circle, and the turn that a shift by k is."""
     import matplotlib.pyplot as plt
@@ -172,7 +180,7 @@ def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
 
     from transformer_annotated.figures import COLORS
 
-    fig, ax = plt.subplots(figsize=(7.2, 3.2))
+    ax = plt.subplots(figsize=(7.2, 3.2))[1]
     turn = np.linspace(0, 2 * np.pi, 200)
     ax.plot(np.sin(turn), np.cos(turn), color="#BBBBBB", linewidth=1)
     for p, color in zip((0, 5, 11), COLORS, strict=False):
@@ -187,7 +195,7 @@ def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
     ax.set_yticks([-1, 0, 1])
     return ax
 
-# %% mystnb={"figure": {"caption": "One hand of the clock: three positions on is the same turn from every starting point.", "name": "fig-shift"}, "image": {"alt": "Unit circle with three dots at different positions, each joined by an arrow to a dot further round; all three arrows span the same angle."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "One hand of the clock: three positions on is the same turn from every starting point.", "name": "fig-shift"}, "image": {"alt": "Unit circle with three dots at different positions, each joined by an arc to a dot further round; all three arcs span the same angle."}} tags=["active-ipynb"]
 # draw_shift();
 
 # %% [markdown]
@@ -196,11 +204,16 @@ def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
 # The size of a sinusoid's vector is the same for every position, because $\sin^2 + \cos^2 = 1$ for each hand: always $\sqrt{D/2}$. And two encodings have a dot product
 # that depends on their distance alone:
 
-# %% mystnb={"figure": {"caption": "The dot product of two encodings depends on their distance alone, and falls with it.", "name": "fig-distance"}, "image": {"alt": "Three curves of dot product against distance for starting positions 100, 300 and 500; they lie on one another, highest at distance zero."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "The dot product of two encodings depends on their distance alone, and on the whole falls with it.", "name": "fig-distance"}, "image": {"alt": "Three curves of dot product against distance for starting positions 100, 300 and 500; they lie on one another, highest at distance zero."}} tags=["active-ipynb"]
 # encoding = Sinusoid(d_model=512)(torch.arange(600)[None])[0]
 # fig, ax = plt.subplots(figsize=(7.2, 2.6))
 # for start, style in ((100, "-"), (300, "--"), (500, ":")):
-#     ax.plot(range(-80, 81), encoding[start - 80 : start + 81] @ encoding[start], style, label=f"from {start}")
+#     ax.plot(
+#         range(-80, 81),
+#         encoding[start - 80 : start + 81] @ encoding[start],
+#         style,
+#         label=f"from {start}",
+#     )
 # ax.set(xlabel="distance", ylabel="dot product", ylim=(0, None))
 # ax.legend();
 
@@ -210,7 +223,7 @@ def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
 # ## How large is a word, how large is a position
 #
 # The two are simply added. So their sizes matter. A position has numbers between −1 and 1, with a mean square of one half. What about the word vectors? In section 3.4 the paper
-# multiplies them by $\sqrt{D}$ and does not say why, and with an initialisation that is not in the paper either. The answer lies at the other end of the model.
+# multiplies them by $\sqrt{D}$ and does not say why, and with an initialisation that is not in the paper either. A likely answer lies at the other end of the model.
 #
 # At the end, vectors must become scores for each word, the **logits**: a product with a $D \times V$ matrix. The paper uses the *same* table for that, transposed, and also
 # shares it between the two languages: one table, three uses {cite:p}`press2017using`. As a way out, the table wants small numbers: a logit is a sum of $D$ products, and rows with numbers of
@@ -225,11 +238,12 @@ def draw_shift(omega: float = 0.35, k: int = 3) -> Any:
 # print(f"word            rms {rows.square().mean().sqrt():.3f}")
 # print(f"word * sqrt(D)  rms {(rows * D**0.5).square().mean().sqrt():.3f}")
 # print(f"position        rms {position.square().mean().sqrt():.3f}")
+# print(f"logits from a table of variance 1: std {(hidden @ (rows * D**0.5).T).std():.1f}")
 
 # %% [markdown]
 # With a standard deviation of $1/\sqrt{D}$ in the table and a factor of $\sqrt{D}$ on the way in, both ends come out right: logits of size 1, words of size 1, positions of size 0.71.
-# Leave the factor out and the words drown in the positions, 0.04 against 0.71. Keep it with PyTorch's default table of variance 1, and the first logits have a standard
-# deviation of 22, where the softmax is certain of everything before it has learned anything. The factor and the initialisation belong together.
+# Leave the factor out and the words are lost among the positions. Start from PyTorch's default table of variance 1, and the first logits are too large by the same factor: see the last line. The softmax then puts
+# nearly all probability on one random word. The factor and the initialisation belong together.
 
 # %%
 class Embedding(nn.Module):
@@ -363,7 +377,7 @@ class Head(nn.Module):
 
 # %% [markdown]
 # Row 5 is a word that went in, row 7 one that should have come out, row 50 one that had nothing to do with it. With both ends joined, row 5 gets more. Sharing also saves
-# parameters: at $V = 37{,}000$ and $D = 512$ the table has 18.9 million, and three of them would double the base model.
+# parameters: at $V = 37{,}000$ and $D = 512$ the table has 18.9 million, and with three of them the base model would have 101 million instead of 63.
 #
 # ## Proof
 #
@@ -389,13 +403,13 @@ class Head(nn.Module):
 # %% [markdown]
 # ## What production does
 #
-# Sinusoids lasted about as long as ReLU. BERT and GPT-2 learn a table of positions and cannot go beyond its end. T5 and ALiBi add something to the scores
+# BERT and GPT-2 learn a table of positions and cannot go beyond its end. T5 and ALiBi add something to the scores
 # that depends on distance. Llama and most since rotate queries and keys. The tied table is still common in small models, where it is a large share of the parameters, and rare
 # in large ones. The factor $\sqrt{D}$ lives on in Gemma.
 #
 # ## How it breaks
 #
-# - *No positions at all.* The model learns bags of words. It gets surprisingly far, and never the order right.
+# - *No positions at all.* To the encoder, *dog bites man* and *man bites dog* are one memory. (The decoder still learns some order: its causal mask shows each place a different number of words.)
 # - *No $\sqrt{D}$.* Slow at the start. Print the sizes of words and positions.
 # - *Positions that count the padding.* A sentence gives another answer in another batch. Test with padding on the left.
 # - *A "shared" table that is copied.* The count of parameters is too high by $V D$.
@@ -424,7 +438,7 @@ class Head(nn.Module):
 # check("7.1", answer)
 
 # %% [markdown]
-# **Exercise 7.2.** How long is the vector that `Sinusoid(512)` gives to position 1234? Answer before you compute.
+# **Exercise 7.2.** What is the norm, the root of the sum of squares, of the vector that `Sinusoid(512)` gives to position 1234? Answer before you compute.
 
 # %% tags=["active-ipynb"]
 # answer = ...

@@ -2,13 +2,13 @@
 r"""
 # Position-wise feed-forward
 
-Two matrices and a ReLU, applied to each position alone: where two thirds of a layer's parameters are, and the only
-place in a layer, besides the softmax, that is not linear.
+Two matrices and a ReLU, applied to each position alone: two thirds of an encoder layer's parameters, and the place where
+a position computes something of its own.
 """
 
 # %% [markdown]
-# Attention moves vectors between positions. The feed-forward network does the opposite: it works on each vector and
-# moves nothing.
+# Attention moves vectors between positions. The feed-forward network does the other half of the work: it computes on each
+# vector and moves nothing.
 
 # %% mystnb={"figure": {"caption": "Chapter 5 of Part I: the part of a layer that works on each position alone.", "name": "fig-map-feed-forward"}, "image": {"alt": "Eleven boxes in a row, one a chapter. The fifth, Feed-forward, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -25,8 +25,8 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 # ## What an average cannot do
 #
 # Ignore the softmax for a moment and keep the weights of attention fixed. Then everything in Chapter 4 is linear: projections,
-# averages, projections again. Stack ten such layers and you have one linear map. It cannot compute the simplest
-# *either, or*: 1 if exactly one of two inputs is 1.
+# averages, projections again. Stack ten such layers and you have one linear map. It cannot compute even
+# *exclusive or* (XOR): 1 if exactly one of two inputs is 1.
 
 # %% tags=["active-ipynb"]
 # import torch
@@ -50,6 +50,7 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 
 # %% [markdown]
 # The bend is $\mathrm{ReLU}(z) = \max(0, z)$. It made the second hidden unit a detector: silent until both inputs are on.
+# (The first would pass through a ReLU unchanged: a count is never negative.)
 #
 # ## Two layers, each position alone
 #
@@ -127,8 +128,11 @@ class FeedForward(nn.Module):
 # wanted_from = [x, *ffn.parameters()]
 # direction = torch.randn(2, 3, 4, dtype=torch.float64)
 # torch.testing.assert_close(ffn(x), by_hand(x), rtol=0, atol=1e-10)
-# for a, b in zip(torch.autograd.grad(ffn(x), wanted_from, direction),
-#                 torch.autograd.grad(by_hand(x), wanted_from, direction), strict=True):
+# for a, b in zip(
+#     torch.autograd.grad(ffn(x), wanted_from, direction),
+#     torch.autograd.grad(by_hand(x), wanted_from, direction),
+#     strict=True,
+# ):
 #     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 # print("output and", len(wanted_from), "gradients equal, to 1e-10")
 
@@ -155,14 +159,14 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # Four matrices of $D \times D$ against two of $D \times 4D$: four against eight. The feed-forward network holds two thirds, and for short
-# sentences it takes two thirds of the time.
+# sentences about two thirds of the multiplications. A decoder layer has two attentions; there it is half.
 #
 # ## What the detectors do
 #
-# At the start each hidden unit is a random direction, and ReLU silences about half of them. After training fewer are active: most detectors
-# wait for something rare. Here is the start; Exercise 10.3 lets you look after training.
+# At the start each hidden unit is a random direction, and ReLU silences it for about half of all inputs. Here is the start. What training makes of it is Exercise
+# 10.3: you will count.
 
-# %% mystnb={"figure": {"caption": "Before training a hidden unit is active for half of all inputs.", "name": "fig-active"}, "image": {"alt": "A histogram of 2048 hidden units over the share of inputs for which they are active, a narrow peak at one half."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "Before training a hidden unit is active for about half of the random inputs.", "name": "fig-active"}, "image": {"alt": "A histogram of 2048 hidden units over the share of inputs for which they are active, a narrow peak at one half."}} tags=["active-ipynb"]
 # import matplotlib.pyplot as plt
 #
 # torch.manual_seed(0)
@@ -175,19 +179,19 @@ class FeedForward(nn.Module):
 # ax.set(xlabel="share of inputs for which a unit is active", ylabel="hidden units");
 
 # %% [markdown]
-# In {numref}`fig-active` every unit is near one half: nothing has specialised. A unit at 0 would be dead. No input wakes it, no
-# gradient reaches it, and it stays that way.
+# In {numref}`fig-active` every unit is near one half: nothing has specialised. A unit at 0 would be dead. No input wakes it, and no
+# gradient reaches it.
 #
 # ## What production does
 #
-# ReLU lasted a year. BERT and GPT-2 use GELU, a smooth version of it {cite:p}`hendrycks2016gaussian`. Llama and most since then
-# use a *gated* network: a third matrix decides, unit by unit, how much gets through {cite:p}`shazeer2020glu`. With three matrices the hidden
-# layer shrinks to $8/3\,D$, to keep the parameters equal. That is a patch on one path, `ffn`, and Part III measures it. Mixtures of
+# GPT, BERT and GPT-2 use GELU, a smooth version of ReLU {cite:p}`hendrycks2016gaussian`; T5 kept ReLU. Llama and most since then
+# use a *gated* network: a third matrix decides, unit by unit, how much gets through {cite:p}`shazeer2020glu`. With three matrices, a hidden
+# layer of $8/3\,D$ keeps the number of parameters. That is a patch on one path, `ffn`, and Part III measures it. Mixtures of
 # experts replace the one network by many, of which a few run.
 #
 # ## How it breaks
 #
-# - *No activation.* Two linear layers in a row are one. Training still works, worse. The loss alone will not tell you; a comparison
+# - *No activation.* Two linear layers in a row are one. The loss alone may not tell you; a comparison
 #   with {eq}`eq-ffn` will.
 # - *Too little width.* Shapes fit with any `d_ff`. A config that says 512 where 2048 was meant trains a smaller model in silence.
 #   Count the parameters.
@@ -196,7 +200,7 @@ class FeedForward(nn.Module):
 # ## Takeaways
 #
 # - Attention moves, the feed-forward network computes; each position alone, all with the same weights.
-# - {eq}`eq-ffn`: up to $4D$, ReLU, down to $D$. Two thirds of a layer's parameters.
+# - {eq}`eq-ffn`: up to $4D$, ReLU, down to $D$. Two thirds of an encoder layer's parameters, half of a decoder layer's.
 #
 # ## Exercises
 
@@ -227,7 +231,7 @@ class FeedForward(nn.Module):
 # check("5.2", answer)
 
 # %% [markdown]
-# **Exercise 5.3.** Set the weights of a `FeedForward(2, 2)` so that it computes *either, or* for inputs of zeros and ones. The answer is the module; its
+# **Exercise 5.3.** Set the weights of a `FeedForward(2, 2)` so that it computes *exclusive or* for inputs of zeros and ones. The answer is the module; its
 # first output counts.
 
 # %% tags=["active-ipynb"]

@@ -2,7 +2,7 @@
 r"""
 # Multi-head attention
 
-Eight small attentions side by side cost as much as one large one, and can look at eight places at once. One
+Eight small attentions side by side take as many multiplications as one large one, and can look at eight places at once. One
 module, three uses: self-attention, masked self-attention, and cross-attention.
 """
 
@@ -49,12 +49,12 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes
 
 # %% [markdown]
 # Two different sentences, one answer. If *two* attentions look, each with a row of its own, one can fetch the queen and the
-# other the apple, and their answers lie side by side. That is a **head**: an attention with its own idea of what to ask.
+# other the apple, and their answers lie side by side. That is a **head**: an attention with its own matrices for queries, keys and values.
 #
 # ## Split, attend, join
 #
-# Give each head $d = D / H$ numbers instead of all $D$. Then $H$ heads cost together what one full attention would, because
-# the width of the dot products adds up to $D$ again. The paper takes $D = 512$ and $H = 8$, so $d = 64$.
+# Give each head $d = D / H$ numbers instead of all $D$. Then $H$ heads take together as many multiplications as one full attention, because
+# the width of the dot products adds up to $D$ again. (The tables of weights are $H$ times as many. Nothing is free.) The paper takes $D = 512$ and $H = 8$, so $d = 64$.
 #
 # How does a vector of $D$ numbers become $H$ queries of $d$ numbers? A matrix $W^Q$ maps it to $D$ new numbers, and these are
 # cut into $H$ pieces. Keys and values likewise, with $W^K$ and $W^V$. The cut is the place to be careful. Take one sentence of
@@ -71,7 +71,7 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes
 # Right: head 1 has the first three numbers *of both positions*. Wrong: head 1 has all of position 1 and nothing of
 # position 2. Both have shape `(1, 2, 2, 3)`, and a test of shapes passes both. Here it is with sizes that differ, as a picture:
 
-# %%
+# %% tags=["hide-input"]
 def draw_split() -> Any:
     """Draw how `(T, D)` becomes H heads and `(T, D)` again."""
     import matplotlib.pyplot as plt
@@ -98,13 +98,18 @@ def draw_split() -> Any:
     ax.text(2.0, 1.6, "x W, (T, D)", ha="center", va="center", fontsize=8.5)
     ax.text(15.6, 1.6, "joined (T, D)", ha="center", va="center", fontsize=8.5)
     arrow = {"arrowstyle": "-|>", "color": "#555555"}
-    labels = ((4.0, 6.5, "split"), (8.0, 10.3, "attend"), (11.7, 13.6, "join"), (17.4, 18.0, "$W^O$"))
+    labels = (
+        (4.0, 6.5, "split"),
+        (8.0, 10.3, "attend"),
+        (11.7, 13.6, "join"),
+        (17.4, 18.0, "$W^O$"),
+    )
     for start, end, label in labels:
         ax.annotate("", (end, 2.75), (start, 2.75), arrowprops=arrow)
         ax.text((start + end) / 2, 2.95, label, ha="center", fontsize=8.5)
     return ax
 
-# %% mystnb={"figure": {"caption": "Splitting cuts the width into heads; joining puts the pieces back, and one matrix mixes them.", "name": "fig-split"}, "image": {"alt": "A drawing from left to right. A block of T rows and D columns is cut into H narrower blocks, each goes through attend, the results are laid side by side again and multiplied by the output matrix."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "Splitting cuts the width into heads; joining puts the pieces back, and one matrix mixes them. Queries, keys and values are all split this way; one of the three is drawn.", "name": "fig-split"}, "image": {"alt": "A drawing from left to right. A block of T rows and D columns is cut into H narrower blocks, each goes through attend, the results are laid side by side again and multiplied by the output matrix."}} tags=["active-ipynb"]
 # draw_split();
 
 # %% [markdown]
@@ -116,24 +121,24 @@ def draw_split() -> Any:
 # \mathrm{head}_h = \mathrm{Attention}(X W^Q_h,\; M W^K_h,\; M W^V_h)
 # $$ (eq-multi-head)
 #
-# $X$ is where the queries come from. $M$, the *memory*, is where keys and values come from. Without $W^O$ each output number
+# $W^Q_h$ is the $h$-th block of $d$ columns of $W^Q$, so one product makes all heads' queries. $X$ is where the queries come from. $M$, the *memory*, is where keys and values come from. Without $W^O$ each output number
 # would come from one head alone.
 
 # %% [markdown]
 # ## The module
 #
-# Two names first. `Heads` is a pair of keys and values. `KeyValueCache` says what a cache would have to offer when words are
+# Two names first. `KeysValues` is a pair of keys and values. `KeyValueCache` says what a cache would have to offer when words are
 # produced one at a time; Part II builds one, and until then the argument is `None`.
 
 # %%
-Heads = tuple[Tensor, Tensor]  # keys and values, each (B, K, S, d)
+KeysValues = tuple[Tensor, Tensor]  # keys and values, each (B, K, S, d)
 
 
 class KeyValueCache(Protocol):
     """What attention asks of a cache. Part II builds one; in Part I the argument is None."""
 
     def update(
-        self, project: Callable[[Tensor], Heads], source: Tensor, positions: Tensor | None
+        self, project: Callable[[Tensor], KeysValues], source: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return all keys, all values and the keys' positions, with those of `source` included.
 
@@ -207,7 +212,7 @@ class MultiHeadAttention(nn.Module):
         """`(B, T, heads * d)` to `(B, heads, T, d)`."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def keys_values(self, source: Tensor) -> Heads:
+    def keys_values(self, source: Tensor) -> KeysValues:
         """Keys and values `(B, K, S, d)` of `source` `(B, S, D)`."""
         k, v = self.split(self.k_proj(source)), self.split(self.v_proj(source))
         return (k if self.k_norm is None else self.k_norm(k)), v
@@ -310,7 +315,7 @@ class MultiHeadAttention(nn.Module):
 # ## Proof
 #
 # The reference is PyTorch's `nn.MultiheadAttention`. It stacks the three input projections in one matrix and says True for
-# *ignore* in its masks. First all weights are redrawn at random, biases too: fresh biases are zero, and a
+# *ignore* in its masks. First all weights are redrawn at random, biases too: fresh biases are zero or small, and a
 # comparison with zeros would not notice a bias that is never added.
 
 # %% tags=["active-ipynb"]
@@ -339,8 +344,10 @@ class MultiHeadAttention(nn.Module):
 # cases = {
 #     "self": (ours(x), theirs(x, x, x)[0]),
 #     "masked self": (ours(x, mask=Mask(causal=True)), theirs(x, x, x, attn_mask=upper)[0]),
-#     "cross": (ours(x, memory, Mask(padding=real)),
-#               theirs(x, memory, memory, key_padding_mask=~real)[0]),
+#     "cross": (
+#         ours(x, memory, Mask(padding=real)),
+#         theirs(x, memory, memory, key_padding_mask=~real)[0],
+#     ),
 # }
 # for name, (a, b) in cases.items():
 #     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -398,13 +405,23 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 # print("shape (B, H, T, S):", tuple(weights.shape))
 # print("rows sum to one:", torch.allclose(weights.sum(dim=-1), torch.ones(())))
 
-# %% mystnb={"figure": {"caption": "Four heads of one untrained module ask four different questions; none looks at the two hidden keys.", "name": "fig-heads"}, "image": {"alt": "Four heat maps side by side, four queries down and six keys across. The patterns differ between heads, and the last two columns are blank in all of them."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "Four heads of one untrained module weigh the keys of sentence 2 in four random ways; none looks at the two hidden keys.", "name": "fig-heads"}, "image": {"alt": "Four heat maps side by side, four queries down and six keys across. The patterns differ between heads, and the last two columns are blank in all of them."}} tags=["active-ipynb"]
 # import matplotlib.pyplot as plt
+#
+# from transformer_annotated import figures
 #
 # fig, axes = plt.subplots(1, 4, figsize=(7.2, 2.0), sharey=True)
 # for h, ax in enumerate(axes):
-#     figures.heatmap(ax, weights[1, h], rows="1234", cols="123456", title=f"head {h + 1}",
-#                     col_label="key", vmin=0, vmax=1)
+#     figures.heatmap(
+#         ax,
+#         weights[1, h],
+#         rows="1234",
+#         cols="123456",
+#         title=f"head {h + 1}",
+#         col_label="key",
+#         vmin=0,
+#         vmax=1,
+#     )
 # axes[0].set_ylabel("query");
 
 # %% [markdown]
@@ -413,21 +430,21 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 #
 # ## What production does
 #
-# Heads of 64 to 128 numbers have stayed. What changed is the number of *key* heads. Every word that has been read must keep its
+# Most models keep heads of 64 to 128 numbers. What changed is the number of *key* heads. Every word that has been read must keep its
 # keys and values, so fewer key heads mean less to store: Llama 3's 8B model has 32 query heads and 8 key heads
 # {cite:p}`grattafiori2024llama3`. Biases in the projections mostly went away. Part III measures both.
 #
 # ## How it breaks
 #
-# - *`value = self.k_proj(...)`.* One letter. It trains, a little worse. A comparison with a reference with redrawn weights finds it;
+# - *`value = self.k_proj(...)`.* One letter, and it trains. A comparison with a reference with redrawn weights finds it;
 #   a shape test does not.
-# - *Heads split by `reshape` alone.* Positions and heads are mixed. It even learns something. The two-line example above tells.
+# - *Heads split by `reshape` alone.* Positions and heads are mixed. The two-line example above tells.
 # - *Cross-attention that reads `x`.* The decoder ignores the source and becomes a language model: fluent, and unrelated.
 # - *Weights stored after dropout.* Rows do not sum to one, and pictures of attention flicker.
 #
 # ## Takeaways
 #
-# - A head is an attention of width $d = D/H$ with its own projections; $H$ heads cost what one wide attention would.
+# - A head is an attention of width $d = D/H$ with its own projections; $H$ heads take the multiplications of one wide attention.
 # - Split, attend, join, mix: {eq}`eq-multi-head`.
 # - Self-, masked and cross-attention are three calls of one module.
 #

@@ -4,11 +4,12 @@ r"""
 
 A part of a model that is not built yet can be a value: compared, printed, saved, changed.
 This chapter makes such values with `spec`, changes them with `patch`, and reads the change back with
-`diff`. It is the only machinery in the book; everything after it is attention.
+`diff`. It is the only machinery in the book.
 """
 
 # %% [markdown]
-# The baseline is built. Before we take it apart, one tool.
+# The baseline is built. Before we take it apart, one tool. On a first reading, look at the cells that print something and skip the functions between them: you
+# need to know how `spec`, `patch` and `diff` are used, not how they work.
 
 # %% mystnb={"figure": {"caption": "Chapter 2 of Part I: parts, before there is anything to build from them.", "name": "fig-map-parts"}, "image": {"alt": "Eleven boxes in a row, one a chapter, from Why attention to A real corpus. The second, Parts, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -258,7 +259,7 @@ def show(value: Any) -> str:
 # plan
 
 # %% [markdown]
-# Each place in the tree has a *path*: the names on the way to it, joined by dots. `children` gives the names below
+# A **stack** is a branch like `left`: a number of layers that are built alike. Each place in the tree has a *path*: the names on the way to it, joined by dots. `children` gives the names below
 # a node, and `paths` walks them all.
 
 # %%
@@ -413,7 +414,7 @@ def show_class(node: Any) -> str:
 
 # %% [markdown]
 # Two short patches, two changes in each of the two stacks. The text was produced from the two trees, so it cannot
-# disagree with them. Every chapter of Part III opens with one.
+# disagree with them.
 #
 # One layer of one stack can differ too. The spec becomes a pattern as long as the stack is deep:
 
@@ -422,7 +423,8 @@ def show_class(node: Any) -> str:
 
 # %% [markdown]
 # Does the order of patches matter? It must not: a reader should be able to combine chapters freely. Short paths are
-# applied before long ones, single layers last, and two different values for one place are an error.
+# applied before long ones and single layers last, so one layer may differ from its stack. Two different values for one place are an error, also when one
+# path names all stacks and the other one of them: then write out both.
 
 # %% tags=["active-ipynb"]
 # assert patch(plan, WIDE, GELU) == patch(plan, GELU, WIDE) == patch(patch(plan, GELU), WIDE)
@@ -439,7 +441,29 @@ def show_class(node: Any) -> str:
 # ## Writing it down
 #
 # A saved model is useless without the description that built it. `to_json` writes a tree as text. Classes go in by
-# name, defaults are written out, and a version number says which rules the text follows.
+# name, so the name must find the same class again. Defaults are written out, and a version number says which
+# rules the text follows.
+
+# %%
+def look_up(name: str, wanted: Callable[[Any], bool]) -> Any:
+    """The object called `name` in this package or in `torch.nn`."""
+    if not isinstance(name, str):
+        raise ValueError(f"a name in a config must be text, got {name!r}")
+    package = importlib.import_module("transformer_annotated")
+    for namespace in (package, torch.nn):
+        found = getattr(namespace, name, None)
+        if name.isidentifier() and not name.startswith("_") and wanted(found):
+            return found
+    raise ValueError(f"unknown name {name!r} in a config")
+
+
+def check_findable(node: Any) -> None:
+    """Raise ValueError if reading the class's name back would find another class."""
+    target = node.target if isinstance(node, Spec) else type(node)
+    if target.__module__ != "__main__" and look_up(target.__name__, callable) is not target:
+        raise ValueError(f"{target.__module__}.{target.__name__} cannot be saved by name: this "
+                         "package has another class of that name")  # fmt: skip
+
 
 # %%
 CONFIG_VERSION = 1
@@ -502,30 +526,14 @@ def from_json(text: str) -> Any:
     return build(document["config"])
 
 
-def check_findable(node: Any) -> None:
-    """Raise ValueError if reading the class's name back would find another class."""
-    target = node.target if isinstance(node, Spec) else type(node)
-    if target.__module__ != "__main__" and look_up(target.__name__, callable) is not target:
-        raise ValueError(f"{target.__module__}.{target.__name__} cannot be saved by name: this "
-                         "package has another class of that name")  # fmt: skip
-
-
-def look_up(name: str, wanted: Callable[[Any], bool]) -> Any:
-    """The object called `name` in this package or in `torch.nn`."""
-    if not isinstance(name, str):
-        raise ValueError(f"a name in a config must be text, got {name!r}")
-    package = importlib.import_module("transformer_annotated")
-    for namespace in (package, torch.nn):
-        found = getattr(namespace, name, None)
-        if name.isidentifier() and not name.startswith("_") and wanted(found):
-            return found
-    raise ValueError(f"unknown name {name!r} in a config")
-
 # %% tags=["active-ipynb"]
 # text = to_json(spec(nn.GELU, approximate="tanh"))
 # assert from_json(text) == spec(nn.GELU, approximate="tanh")
-# for wrong in (text.replace("GELU", "os.system"), text.replace("approximate", "approx"),
-#               text.replace('"version": 1', '"version": 9')):
+# for wrong in (
+#     text.replace("GELU", "os.system"),
+#     text.replace("approximate", "approx"),
+#     text.replace('"version": 1', '"version": 9'),
+# ):
 #     try:
 #         from_json(wrong)
 #     except ValueError as error:
@@ -586,7 +594,7 @@ def check_rate(name: str, rate: float) -> None:
 #
 # - A spec is a class with arguments, checked where it is written, built where it is used.
 # - A config is a tree of specs. `patch` changes it by path, `diff` shows the change, `to_json` keeps it.
-# - Patches do not depend on their order, and contradict each other only loudly.
+# - Patches do not depend on their order, and a contradiction is an error.
 #
 # ## Exercises
 

@@ -2,16 +2,11 @@
 r"""
 # Why attention
 
-Here is the translator that held the field before 2017, built on one page: a bidirectional GRU
-with Bahdanau's attention. Three measurements then show what grows with the length of a sentence:
-the number of steps that must wait for one another, the loss of signal on the way, and the time
-a token costs. They are the reasons the Transformer was built without recurrence.
+Here is the kind of translator that was the starting point before 2017, built on one page: a
+bidirectional GRU with Bahdanau's attention. Two measurements speak against recurrence: the number
+of steps that must wait for one another, and the loss of signal on the way. A third, the time a
+token costs, shows what attention gains and what it pays.
 """
-
-# %% [markdown]
-# This is the start of the road. You need Python, a little PyTorch, and nothing from later pages.
-# The model built here stays with us: when the Transformer translates its first sentence,
-# this one stands beside it with the same budget.
 
 # %%
 from __future__ import annotations
@@ -29,6 +24,17 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# %% [markdown]
+# This is the start of the road. You need Python, a little PyTorch, and nothing from later pages.
+# The model built here stays with us: when the Transformer translates its first sentence,
+# this one stands beside it with the same budget.
+
+# %% mystnb={"figure": {"caption": "Chapter 1 of Part I: the network that attention replaced.", "name": "fig-map-recurrent"}, "image": {"alt": "Eleven boxes in a row, one a chapter, from Why attention to A real corpus. The first, Why attention, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(1);
 
 # %% [markdown]
 # ## One word, four words later
@@ -54,7 +60,7 @@ if TYPE_CHECKING:
 # less for a longer sentence, but a thousand words cost a factor of a thousand, not $2^{1000}$.
 #
 # There is a second difference, and it is about time. The first reader cannot take step five before
-# step four is done. The second one needs a sum, and a machine with many arms can do most of a sum
+# step four is done. The second one needs a sum, and hardware with many units can do most of a sum
 # at once.
 #
 # The first way to read is called **recurrence**. The second, with weights that depend on the
@@ -123,7 +129,7 @@ def _arrow(
 # $$ (eq-gru)
 #
 # Here $\sigma$ is the logistic function and $\odot$ multiplies number by number. Each of the six
-# products also adds a bias, left out for the eye. With $z = \frac12$ and $\tilde h = x$ the last
+# products also adds a bias, not written here. With $z = \frac12$ and $\tilde h = x$ the last
 # line is the reader with which we began.
 #
 # One deviation: in the 2014 paper $r$ multiplies $h$ before the product with $U_h$. PyTorch,
@@ -595,7 +601,7 @@ class RecurrentTranslator(nn.Module):
 # Each row is one step of the decoder and sums to one. In the row of the first letter to be written,
 # most of the weight lies on the last letters of the source, and so on down the diagonal. The weight
 # need not lie exactly on the right letter: a state of the encoder also knows its neighbours, so a
-# look next door can be enough. Read such maps as a trace of where information could come from, not
+# look at a neighbour can be enough. Read such maps as a trace of where information could come from, not
 # as an explanation.
 #
 # ## What grows with the length
@@ -702,7 +708,7 @@ def plot_growth(
 # plot_growth(lengths, chains, "longest chain (operations)")
 
 # %% [markdown]
-# The small chain is counted right. In the table above, each column is a length. The GRU pays the same number of operations for every further token, none of which can begin
+# In the table above, each column is a length. The GRU pays the same number of operations for every further token, none of which can begin
 # before the last one ends. The other layer has a short chain whose length does not depend on $n$.
 # A processor with ten thousand arithmetic units can use them inside one operation, but it cannot
 # shorten a chain.
@@ -769,7 +775,8 @@ def reach(layer: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> fl
 # plot_growth(lengths, reaches, "gradient reaching token 1")
 
 # %% [markdown]
-# Read the fresh GRU from left to right: every doubling of the length roughly squares the loss. The
+# Read the fresh GRU from left to right: every doubling of the length roughly squares the share that
+# arrives. The
 # printed factor lies somewhat above one half, because the candidate $\tilde h$ also hands on a
 # little of the old state. Training usually runs in float32, which carries about seven decimal
 # digits, so a gradient ten million times smaller than its neighbours' is lost in their rounding. See
@@ -834,7 +841,7 @@ def time_per_token(
 # for name, values in times.items():
 #     print(f"{name:22}", *(f"{statistics.median(v):7.2f}" for v in values))
 
-# %% mystnb={"figure": {"caption": "On one core the GRU costs the same per token at any length. The layer without recurrence is far cheaper at the length of sentences, and its cost climbs until it meets the GRU's.", "name": "fig-times"}, "image": {"alt": "Line plot on logarithmic axes of microseconds a token against the length. The GRU is nearly horizontal. The two layers without recurrence lie well below it for short sequences, then rise, and reach it at the right end."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "On one core the GRU's cost per token shows no trend with the length. The layers without recurrence are far cheaper at the length of sentences and grow dearer as sequences get long.", "name": "fig-times"}, "image": {"alt": "Line plot on logarithmic axes of microseconds a token against the length. The GRU varies around a horizontal. The two layers without recurrence lie well below it for short sequences and rise towards it at the right end."}} tags=["active-ipynb", "nbval-ignore-output"]
 # plot_growth(time_lengths, times, "time per token (µs)")
 
 # %% [markdown]
@@ -845,8 +852,9 @@ def time_per_token(
 # grows, since the large product spreads over them and the chain does not.
 #
 # On the right the price appears. Every token is compared with $n$ others, so the cost of a token
-# grows with $n$, while the GRU's stays flat. Where the lines cross depends on the width, the machine
-# and the library. That they cross does not.
+# grows with $n$ once $n$ is large, while the GRU's does not. Where the lines meet depends on the width,
+# the machine and the library. At the very left the layers without recurrence get cheaper with $n$ at
+# first: starting an operation has a fixed price, and more tokens share it.
 #
 # ## What the paper says
 #
@@ -862,8 +870,10 @@ def time_per_token(
 # | self-attention among $r$ neighbours | $O(r n D)$ | $O(1)$ | $O(n/r)$ |
 #
 # The third column is {numref}`fig-chains`, the fourth is the reason for {numref}`fig-reach`, and the
-# second is both halves of {numref}`fig-times`: self-attention is the cheaper one as long as $n$ is
-# smaller than a few times $D$. A sentence has tens of tokens and the paper's $D$ is 512.
+# second is behind both halves of {numref}`fig-times`. Counted in multiplications, self-attention is the
+# cheaper one while $n$ is smaller than $D$, says the paper; a sentence has tens of tokens, and its $D$
+# is 512. In the figure the lines meet later than such a count predicts, because one large product runs
+# faster per multiplication than many small ones.
 #
 # The step from Bahdanau to the title of the paper is then a short one. Attention had made one path
 # short, the one between the two sentences. *Attention Is All You Need* uses it for the paths inside

@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 #
 # ## Which words move?
 #
-# Here is one sentence of the language and its translation. The positions were matched by hand.
+# Here is one sentence of the language and its translation. The positions were matched by hand. The class
+# is called `Derivation` because later both sentences will be derived from one plan; section 9.5 shows it.
 
+
+# %% mystnb={"figure": {"caption": "Chapter 9 of Part I: a language to learn.", "name": "fig-map-toy"}, "image": {"alt": "Eleven boxes in a row, one a chapter. The ninth, Small language, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(9);
 
 # %%
 @dataclass(frozen=True)
@@ -56,8 +63,21 @@ class Derivation:
 # by_hand = Derivation(
 #     german="die Königin sagt , dass der Mann dem Kind den Ball zeigen will".split(),
 #     english="the queen says that the man wants to show the child the ball".split(),
-#     links=((0, 0), (1, 1), (2, 2), (4, 3), (5, 4), (6, 5), (7, 9), (8, 10), (9, 11), (10, 12),
-#            (11, 8), (12, 6), (12, 7)),
+#     links=(
+#         (0, 0),
+#         (1, 1),
+#         (2, 2),
+#         (4, 3),
+#         (5, 4),
+#         (6, 5),
+#         (7, 9),
+#         (8, 10),
+#         (9, 11),
+#         (10, 12),
+#         (11, 8),
+#         (12, 6),
+#         (12, 7),
+#     ),
 # )
 # for i, j in by_hand.links:
 #     print(f"{by_hand.german[i]:>8} {i:3} -> {j:2} {by_hand.english[j]}")
@@ -151,7 +171,7 @@ AFTER_INDEFINITE: dict[Case, tuple[str, str, str, str]] = {
 
 # %% [markdown]
 # Adjectives take an ending too, and it depends on the article: *der alte Mann* but *ein alter Mann*.
-# The rule behind it is thrift. Where *der* already shows the case, the adjective stays quiet with *-e*
+# The rule is not to say a thing twice. Where *der* already shows the case, the adjective takes a plain *-e*
 # or *-en*; where *ein* shows nothing, the adjective has to.
 #
 # A noun carries its forms and its `kind`. The kind keeps the sentences sane: persons give, doors do
@@ -218,7 +238,7 @@ ADJECTIVES = (
 )
 
 # %% [markdown]
-# German writes its nouns with a capital, and so do we. Sentences do not begin with one otherwise:
+# German writes its nouns with a capital, and so do we. The first word of a sentence gets no capital unless it is a noun:
 # *Der* and *der* would be two words for the model, and nothing would be learnt from it.
 #
 # A noun phrase puts the pieces together. `link` is the memory mentioned above: the article, the
@@ -298,7 +318,7 @@ class NounPhrase:
 # *der*: it is a man who acts in the first line and a woman who receives in the third. A model that
 # translates word by word cannot know which. It has to look at the noun, and sometimes at the verb.
 #
-# English asks for attention once itself: *an old man*, but *a man*. The article looks ahead.
+# English has one such case too: *an old man*, but *a man*. The article looks ahead.
 #
 # ## Verbs: one verb, two pieces
 #
@@ -433,7 +453,7 @@ VERBS = (
 # %% [markdown]
 # ## A clause in no language
 #
-# This is the derivation itself: a verb, a tense, the roles, perhaps an adverb. Nothing in it has an
+# This is the plan of a derivation: a verb, a tense, the roles, perhaps an adverb. Nothing in it has an
 # order yet, except one German choice. A German main clause may open with the subject, with the adverb,
 # or with an object, and the verb comes second whatever opens it. We let an object open the clause only
 # if its form shows that it is no subject: *den Hund* may, *die Katze* may not.
@@ -802,7 +822,7 @@ def sentence(rng: random.Random, clauses: int = 1) -> tuple[str, str]:
 # Compare the last three lines. Word for word gets a sentence right now and then, mostly a short one such
 # as *der Hund schläft*. Forgiving the order helps, and still most sentences are
 # wrong. They are wrong in the words: *hat* is
-# no English word of its own here, *will* is two, and *das* or *dem* say more than *the*. A model has to
+# no English word of its own here, *will* is two words, and *auf* belongs to a verb elsewhere. A model has to
 # choose words by their company and put them elsewhere, both at once.
 #
 # ## Training and test sentences
@@ -965,9 +985,11 @@ def count(*, main: bool = True, takes_clause: bool = False) -> int:
 # Only if a German sentence has one English translation. German as it is spoken breaks this: in *die Katze
 # sieht die Frau* either may be looking, and *sie* is she, they or you. The grammar has no pronouns, and
 # an object stands in front only when its case shows. The other direction is looser: several German
-# orders share one English sentence. We check a sample.
+# orders share one English sentence. The section above counted every choice as another German text, and the
+# tests enumerate a smaller lexicon to prove it: so each German clause has one derivation and one English
+# sentence. As a check on the full lexicon, look at sentences that a large sample drew more than once.
 
-# %% tags=["active-ipynb", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.book import scale
 #
 # rng = random.Random(1)
@@ -988,7 +1010,7 @@ def count(*, main: bool = True, takes_clause: bool = False) -> int:
 # comes first after four special ones: padding, begin, end, unknown. Words that are equally frequent
 # are put in alphabetical order, so the same text gives the same numbers on every machine.
 #
-# A vocabulary is a frozen value: a tuple of words. The dictionary for the way back is derived from it when
+# A vocabulary is a frozen value: a tuple of words. The dictionary from word to number is derived from it when
 # first needed. Nothing in it knows of German or English, and chapter 11 uses it as it is.
 
 # %%
@@ -1152,8 +1174,9 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
 # print("tgt_out", *[vocabulary.words[i] for i in batch.tgt_out[1]])
 # print("padding", batch.tgt_padding[1].int().tolist())
 # assert batch.src.shape == batch.src_padding.shape == (2, len(train[0][0].split()) + 1)
-# assert torch.equal(batch.tgt_in[:, 1:][batch.tgt_padding[:, 1:]],
-#                    batch.tgt_out[:, :-1][batch.tgt_padding[:, 1:]])
+# assert torch.equal(
+#     batch.tgt_in[:, 1:][batch.tgt_padding[:, 1:]], batch.tgt_out[:, :-1][batch.tgt_padding[:, 1:]]
+# )
 # print(batch.n_tokens, "tokens to predict in", batch.tgt_out.numel(), "places")
 
 # %% [markdown]
@@ -1182,7 +1205,9 @@ def batches(
 # places = sum(batch.tgt_out.numel() for batch in epoch)
 # assert sum(len(batch.src) for batch in epoch) == len(train)
 # assert real == sum(len(target) + 1 for _, target in some)
-# print(f"{len(epoch)} batches, {real:,} tokens in {places:,} places: {1 - real / places:.0%} padding")
+# print(
+#     f"{len(epoch)} batches, {real:,} tokens in {places:,} places: {1 - real / places:.0%} padding"
+# )
 
 # %% [markdown]
 # ## What the paper did
@@ -1196,19 +1221,20 @@ def batches(
 #
 # - **Test sentences in training.** The score is excellent and means nothing. Compare the sets; the cell
 #   above asserts it.
-# - **No shift.** If the decoder reads the word it should say, the loss goes to zero within seconds and
+# - **No shift.** If the decoder reads the word it should say, the loss goes to zero at once and
 #   the translation is rubbish. Print one row of `tgt_in` and `tgt_out`.
-# - **Two ends.** If the text already carries `EOS` and the batch adds one, decoding stops early or never.
+# - **Two ends.** If the text already carries `EOS` and the batch adds one, the model learns to
+#   predict an end after the end.
 #   `collate` refuses special numbers.
 # - **An order that changes between runs.** Python shuffles sets of strings anew in every process. A
-#   vocabulary built from a set gives other numbers tomorrow, and yesterday's weights talk nonsense.
+#   vocabulary built from a set gives other numbers tomorrow, and yesterday's weights no longer fit.
 #   `build` sorts.
 #
 # ## Takeaways
 #
 # - One derivation writes both languages, so every pair is right and every alignment known.
 # - Case tells who does what, the bracket sends the verb away: translating means looking elsewhere.
-# - One German sentence, one English sentence: a perfect score exists, so a miss is the model's.
+# - One German sentence, one English sentence: a perfect score exists.
 # - The target goes in shifted right, and comes out with `EOS`.
 #
 # ## Exercises

@@ -1,7 +1,19 @@
 # %% [markdown]
 r"""
 # The whole model
+
+Six layers that read, six that write, one table of words: the Transformer of 2017, assembled from the parts, counted
+tensor by tensor, and shown equal to PyTorch's.
 """
+
+# %% [markdown]
+# Everything is on the table. What is left is to say how the parts are joined, and to write that down once, so that later chapters can change it.
+
+# %% mystnb={"figure": {"caption": "Chapter 8 of Part I: the assembly.", "name": "fig-map-transformer"}, "image": {"alt": "Eleven boxes in a row, one a chapter. The eighth, Whole model, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(8);
 
 # %%
 from collections.abc import Sequence
@@ -17,7 +29,38 @@ from transformer_annotated.paper.attention import Mask, sdpa
 from transformer_annotated.paper.embedding import Embedding, Head
 from transformer_annotated.paper.feed_forward import FeedForward
 from transformer_annotated.paper.multi_head import KeyValueCache, MultiHeadAttention
-from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, patch, show, spec
+from transformer_annotated.paper.parts import (
+    Spec,
+    check_rate,
+    check_sizes,
+    patch,
+    show,
+    spec,
+)
+
+# %% mystnb={"figure": {"caption": "The model with its seams: each box can be exchanged without touching its neighbours. Dashed boxes are absent in 2017; the thin line around a sub-layer is the residual's direct way; dotted lines join the three uses of one table.", "name": "fig-seams"}, "image": {"alt": "Two stacks of boxes. Left, the encoder: embedding, then N layers of self-attention and feed-forward network, each in its residual. Right, the decoder: the same with a cross-attention in the middle that receives the memory from the left, and a head on top."}} tags=["active-ipynb"]
+# from transformer_annotated import figures
+#
+# figures.seams();
+
+# %% [markdown]
+# ## From left to right
+#
+# Follow one sentence through {numref}`fig-seams`. Source ids enter at the bottom left and become vectors. Each **encoder layer** lets every position look at every other (self-attention),
+# then works on each position alone (ffn). After $N$ layers the vectors are called the **memory**: $S$ vectors that say what the source means.
+#
+# On the right the target enters, as far as it is known. Each **decoder layer** has three sub-layers. Self-attention, where a position sees itself and what
+# came before. Cross-attention, where it looks at the memory. And the feed-forward network. The head turns the last vectors into logits: one score for each word of the
+# vocabulary, at each position, for the word that comes *next*.
+#
+# During training the decoder gets the whole target at once, shifted by one: it reads `<bos> the dog sleeps` and must predict `the dog sleeps <eos>`. The causal mask keeps it
+# honest. All positions are trained in one pass. That is the point of doing without recurrence.
+#
+# Every layer of the encoder has its own weights, and so has every layer of the decoder. Nothing is shared but the embedding.
+#
+# ## The description
+#
+# First the plan, as a tree of specs (Chapter 2) that mirrors the picture. A stack says how many layers it has and what each sub-layer is. Two small checks come first.
 
 # %%
 Pattern = Spec[nn.Module] | None | tuple[Spec[nn.Module] | None, ...]
@@ -34,7 +77,6 @@ def check_bool(name: str, value: Any) -> None:
     """Raise ValueError for anything but True and False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
-
 
 # %%
 @dataclass(frozen=True)
@@ -65,6 +107,8 @@ class StackConfig:
         check_pattern("bias", self.bias, none=True, tuples=False)
         check_bool("causal", self.causal)
 
+# %% [markdown]
+# At the root stand the things that both stacks share: the width, the norm, the frame, the dropout, and the way in and out.
 
 # %%
 @dataclass(frozen=True)
@@ -113,6 +157,17 @@ class Config:
             if stack is not None and not isinstance(stack, StackConfig):
                 raise ValueError(f"{name} must be a StackConfig or None, got {stack!r}")
 
+# %% tags=["active-ipynb"]
+# from pprint import pprint
+#
+# pprint(Config(), width=100)
+
+# %% [markdown]
+# Specs print only what differs from their defaults, and nothing does. These defaults *are* the base model of the paper: $N = 6$, $D = 512$, $F = 2048$, $H = 8$, dropout 0.1, one vocabulary of about 37,000 pieces. Now the tree is built.
+#
+# ## A layer, a stack
+#
+# A layer builds its sub-layers and a frame for each. `forward` is the picture, read upwards.
 
 # %%
 class LayerCache(Protocol):
@@ -181,6 +236,11 @@ class Layer(nn.Module):
             x = self.residuals["ffn"](x, self.ffn)
         return x
 
+# %% [markdown]
+# `partial` fills in every argument of a sub-layer except its input, because the frame from Chapter 6 wants a function of one argument. Sub-layers that the config leaves
+# out are `None` and take no part.
+#
+# A stack repeats the layer. A tuple in the config is a pattern that starts again when it has run out.
 
 # %%
 class Stack(nn.Module):
@@ -243,6 +303,10 @@ def n_heads(stack: StackConfig) -> int:
         raise ValueError(f"a bias needs one n_heads for all layers, got {sorted(map(str, counts))}")
     return count
 
+# %% [markdown]
+# `causal` belongs to the stack, not to the caller. If callers had to ask for it, some call would forget.
+#
+# ## The model
 
 # %%
 class Transformer(nn.Module):
@@ -370,6 +434,11 @@ class Transformer(nn.Module):
             self.decode(tgt, memory, src_padding, padding=tgt_padding, mask=tgt_mask)
         )
 
+# %% [markdown]
+# Three methods carry the weight. `encode` makes the memory, `decode` makes the target's vectors from it, `logits` scores them; `forward` is the three in a row. They are
+# separate because a translation encodes once and decodes many times.
+#
+# The rest fills in what callers leave out: positions count real tokens, so that padding on the left moves nothing; padding becomes a mask. And `init_linear` draws the first weights.
 
 # %%
 def _present(node: Pattern) -> bool:
@@ -412,6 +481,11 @@ def init_linear(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
+# %% [markdown]
+# Glorot's rule {cite:p}`glorot2010understanding` gives a matrix numbers of variance $2 / (\text{in} + \text{out})$, a compromise that keeps signals and gradients near their size. The
+# paper does not say how it starts.
+#
+# Five names for later: the two models of the paper, and three changes.
 
 # %%
 PAPER_BASE = Config()
@@ -428,3 +502,284 @@ PAPER_BIG = patch(
 DECODER_ONLY = {"encoder": None, "decoder.cross_attention": None}
 ENCODER_ONLY = {"decoder": None}
 SDPA = {"self_attention.attend": sdpa, "cross_attention.attend": sdpa}
+
+# %% [markdown]
+# Now a small model, to see it work:
+
+# %% tags=["active-ipynb"]
+# TINY = {
+#     "vocab_size": 50,
+#     "d_model": 32,
+#     "n_layers": 2,
+#     "dropout": 0.0,
+#     "ffn.d_ff": 64,
+#     "self_attention.n_heads": 4,
+#     "cross_attention.n_heads": 4,
+# }
+# torch.manual_seed(0)
+# model = Transformer(patch(PAPER_BASE, TINY)).eval()
+# src, tgt = torch.randint(4, 50, (2, 7)), torch.randint(4, 50, (2, 5))
+# logits = model(src, tgt)
+# print(tuple(logits.shape), f"  std of the logits {logits.std():.2f}")
+
+# %% [markdown]
+# `(B, T, V)`, and the logits start with size about 1, as Chapter 7 arranged.
+#
+# ## Proof
+#
+# PyTorch has `nn.Transformer`. Two things about it differ from the paper, and from us: it adds a final norm to each stack, and it has no embedding. So we give it stacks without
+# that norm, copy our weights, and compare what the decoder returns. All weights are redrawn first.
+
+# %% tags=["active-ipynb"]
+# sizes = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "dropout": 0.0, "batch_first": True}
+# stock = nn.Transformer(
+#     d_model=32,
+#     nhead=4,
+#     batch_first=True,
+#     custom_encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2),
+#     custom_decoder=nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 2),
+# ).eval()
+# names = {
+#     "residuals.self_attention.norm": "norm1",
+#     "residuals.cross_attention.norm": "norm2",
+#     "self_attention": "self_attn",
+#     "cross_attention": "multihead_attn",
+#     "ffn.up": "linear1",
+#     "ffn.down": "linear2",
+# }
+#
+#
+# def stock_name(name: str) -> str:
+#     """PyTorch's name for one of our weights; q, k and v all go to its packed matrix."""
+#     name = name.replace("residuals.ffn.norm", "norm2" if name.startswith("encoder") else "norm3")
+#     for ours, theirs in names.items():
+#         name = name.replace(ours, theirs)
+#     return (
+#         name.replace("q_proj.", "in_proj_")
+#         .replace("k_proj.", "in_proj_")
+#         .replace("v_proj.", "in_proj_")
+#     )
+#
+#
+# def copy_weights(model: Transformer, stock: nn.Transformer) -> None:
+#     weights: dict[str, list[Tensor]] = {}
+#     for name, value in model.state_dict().items():
+#         if not name.startswith("embedding"):
+#             weights.setdefault(stock_name(name), []).append(value)
+#     stock.load_state_dict({name: torch.cat(values) for name, values in weights.items()})
+
+# %% [markdown]
+# `load_state_dict` is strict: a weight that we lack, or have too much, would be an error. Now the comparison, with padding in the source.
+
+# %% tags=["active-ipynb"]
+# for parameter in model.parameters():
+#     nn.init.normal_(parameter, std=0.3)
+# copy_weights(model, stock)
+# padding = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+# hidden = model.decode(tgt, model.encode(src, padding), padding)
+#
+# x = model.embedding(src, torch.arange(7)[None])
+# y = model.embedding(tgt, torch.arange(5)[None])
+# later = torch.ones(5, 5).triu(1).bool()  # PyTorch: True = hidden
+# expected = stock(
+#     x, y, tgt_mask=later, src_key_padding_mask=~padding, memory_key_padding_mask=~padding
+# )
+# torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+# direction = torch.randn_like(hidden)
+# table = model.embedding.weight
+# torch.testing.assert_close(
+#     torch.autograd.grad(hidden, table, direction),
+#     torch.autograd.grad(expected, table, direction),
+#     rtol=0,
+#     atol=1e-4,
+# )
+# print("the decoder's vectors, and the gradient of the shared table, equal PyTorch's")
+
+# %% [markdown]
+# The gradient of the table has come through both stacks, by two routes, and still agrees. The test suite compares every gradient, in double precision to 1e-10.
+#
+# Two properties are worth seeing with your own eyes. No output depends on a later target word. And filler changes nothing, whatever stands in it.
+
+# %% tags=["active-ipynb"]
+# with torch.no_grad():
+#     before = model(src, tgt, src_padding=padding)
+#     other = tgt.clone()
+#     other[:, 3] = 7  # change the fourth word
+#     moved = (model(src, other, src_padding=padding) - before).abs().amax(dim=(0, 2))
+#     print("positions that moved:", moved.gt(0).int().tolist())
+#     garbage = src.masked_fill(~padding, 13)
+#     print(
+#         "filler replaced:", (model(garbage, tgt, src_padding=padding) - before).abs().max().item()
+#     )
+
+# %% [markdown]
+# ## Counting
+#
+# How many numbers does the base model hold? Work it out before you run the cell. An attention has four matrices of $D \times D$ and four biases, a feed-forward network
+# $2DF + F + D$, a norm $2D$.
+
+# %%
+def count_parameters(config: Config) -> dict[str, int]:
+    """Number of parameters by part: the embedding's table, each stack, the head, and the total.
+
+    The model is built without memory for its weights, so the largest config takes no time.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    return {**parts, "total": sum(p.numel() for p in model.parameters())}
+
+# %% tags=["active-ipynb"]
+# D, F, V, N = 512, 2048, 37_000, 6
+# attention, ffn, norm = 4 * (D * D + D), 2 * D * F + F + D, 2 * D
+# by_hand = {
+#     "embedding": V * D,
+#     "encoder": N * (attention + ffn + 2 * norm),
+#     "decoder": N * (2 * attention + ffn + 3 * norm),
+#     "head": 0,
+# }
+# by_hand["total"] = sum(by_hand.values())
+# for name, n in by_hand.items():
+#     print(f"{name:10s} {n:12,}")
+# assert by_hand == count_parameters(PAPER_BASE)
+# assert by_hand["total"] == 63_082_496
+# assert count_parameters(PAPER_BIG)["total"] == 214_245_376
+
+# %% [markdown]
+# The paper's Table 3 says 65 million for this model and 213 million for the big one. We get 63.1 and 214.2. One is too low, the other too high. What vocabulary would the paper's numbers need? Take each row of the table that changes $N$, $D$ or $F$, subtract everything but the embedding, and divide by $D$. The
+# table rounds to a million, which leaves a range.
+
+# %% tags=["active-ipynb"]
+# rows = {  # change to the base model: millions of parameters in Table 3
+#     "base": ({}, 65),
+#     "N = 2": ({"n_layers": 2}, 36),
+#     "N = 4": ({"n_layers": 4}, 50),
+#     "N = 8": ({"n_layers": 8}, 80),
+#     "D = 256": ({"d_model": 256}, 28),
+#     "D = 1024": ({"d_model": 1024}, 168),
+#     "F = 1024": ({"ffn.d_ff": 1024}, 53),
+#     "F = 4096": ({"ffn.d_ff": 4096}, 90),
+# }
+# print(f"{'row':9s} {'ours, V = 37,000':>17s} {'paper':>6s}   V the paper's number needs")
+# configs = {name: (patch(PAPER_BASE, change), paper) for name, (change, paper) in rows.items()}
+# for name, (config, paper) in {**configs, "big": (PAPER_BIG, 213)}.items():
+#     count = count_parameters(config)
+#     rest = count["total"] - count["embedding"]
+#     low, high = ((1e6 * (paper + half) - rest) / config.d_model for half in (-0.5, 0.5))
+#     print(f"{name:9s} {count['total'] / 1e6:15.1f} M {paper:4d} M   {low:7,.0f} to {high:7,.0f}")
+
+# %% [markdown]
+# If the rest is counted as we count it, the base rows agree on about 41,000 entries, and the big model wants about 36,000. The text says *about 37,000* for German. We do not know
+# why. No one vocabulary gives both, and the ledger says so. Eight rows that vary three different things fall within one narrow range, so the formula is not in
+# doubt.
+#
+# ## Changing it
+#
+# Now the tree is useful. A decoder without an encoder is a language model, GPT's shape. An encoder without a decoder is BERT's.
+
+# %% tags=["active-ipynb"]
+# for name, change in {"decoder only": DECODER_ONLY, "encoder only": ENCODER_ONLY}.items():
+#     small = Transformer(patch(PAPER_BASE, TINY, change))
+#     print(f"{name}: ids {tuple(src.shape)} to logits {tuple(small(src).shape)}")
+
+# %% [markdown]
+# `SDPA` exchanges the way attention is computed, and not what is computed:
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import diff, to_json
+#
+# fast = Transformer(patch(model.config, SDPA)).eval()
+# fast.load_state_dict(model.state_dict())
+# print(diff(model.config, fast.config))
+# torch.testing.assert_close(
+#     fast(src, tgt, src_padding=padding), model(src, tgt, src_padding=padding), rtol=0, atol=1e-4
+# )
+
+# %% [markdown]
+# What cannot work is refused before anything is built:
+
+# %% tags=["active-ipynb"]
+# for wrong in (
+#     {"self_attention.n_heads": 5},
+#     {"encoder": None},
+#     {"dropout": 1.0},
+#     {"ffn": FeedForward},
+# ):
+#     try:
+#         Transformer(patch(PAPER_BASE, wrong))
+#     except ValueError as error:
+#         print(str(error)[:150])
+
+# %% [markdown]
+# And a config is saved as text, beside the weights:
+
+# %% tags=["active-ipynb"]
+# print(to_json(PAPER_BASE)[:330])
+
+# %% [markdown]
+# ## What production does
+#
+# The two-stack shape lives on in translation and speech (Marian, T5, Whisper). Most of what is called a language model today is the right-hand stack alone. The tree is the same. Part III
+# changes one seam a chapter, and Part IV ends with GPT-2, Llama, BERT, T5 and ViT as configs of this class, with their published weights in it.
+#
+# ## How it breaks
+#
+# - *The decoder reads the word it must predict.* `tgt` is not shifted. Training loss goes to zero at once, translation is noise.
+# - *Final norms added by habit.* `nn.Transformer` has them, the paper's model does not. Weights from one do not fit the other.
+# - *One layer, six times.* A built layer in a list, repeated: the count of parameters is far too low.
+# - *Cross-attention without the source's padding mask.* A sentence translates differently in a batch of longer ones.
+#
+# ## Takeaways
+#
+# - The encoder reads all at once. The decoder predicts every position of the target in one pass, kept honest by the causal mask.
+# - A config is a tree with the model's shape; the base model is `Config()`.
+# - 63,082,496 parameters at a vocabulary of 37,000. Counted this way, the paper's 65 and 213 million need two different vocabularies.
+#
+# ## Exercises
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated.book import check
+
+# %% [markdown]
+# **Exercise 8.1.** How many parameters has the base model with 12 layers a stack instead of 6? Answer with the total; work out the difference by hand first.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("8.1", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# answer = count_parameters(patch(PAPER_BASE, {"n_layers": 12}))["total"]
+# check("8.1", answer)
+
+# %% [markdown]
+# **Exercise 8.2.** Write the patch that turns the base model into a decoder-only model of 12 layers with $D = 768$, 12 heads, $F = 3072$ and a vocabulary of 50,257: the shape of GPT-2. Answer
+# with the config.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("8.2", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# answer = patch(
+#     PAPER_BASE,
+#     DECODER_ONLY,
+#     {
+#         "decoder.n_layers": 12,
+#         "d_model": 768,
+#         "decoder.self_attention.n_heads": 12,
+#         "decoder.ffn.d_ff": 3072,
+#         "vocab_size": 50_257,
+#     },
+# )
+# check("8.2", answer)
+
+# %% [markdown]
+# **Exercise 8.3.** Which share of the base model's parameters is in its feed-forward networks? Answer with a number between 0 and 1.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("8.3", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# answer = 12 * (2 * 512 * 2048 + 2048 + 512) / count_parameters(PAPER_BASE)["total"]
+# check("8.3", answer)
