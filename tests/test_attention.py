@@ -51,9 +51,7 @@ def heads(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("function", [attend, sdpa])
-def test_equal_to_a_loop(
-    function: Attend, mask: str, dtype: torch.dtype
-) -> None:
+def test_equal_to_a_loop(function: Attend, mask: str, dtype: torch.dtype) -> None:
     x = heads(dtype)
     ours = function(x["q"], x["k"], x["v"], MASKS[mask])
     assert_same(ours, loop_attention(x["q"], x["k"], x["v"], MASKS[mask]), x)
@@ -62,9 +60,7 @@ def test_equal_to_a_loop(
 @pytest.mark.parametrize("n_kv_heads", [1, 2])
 @pytest.mark.parametrize("mask", ["none", "causal padding"])
 @pytest.mark.parametrize("function", [attend, sdpa])
-def test_grouped_heads_equal_to_a_loop(
-    function: Attend, mask: str, n_kv_heads: int
-) -> None:
+def test_grouped_heads_equal_to_a_loop(function: Attend, mask: str, n_kv_heads: int) -> None:
     x = heads(torch.float64, n_kv_heads=n_kv_heads)
     ours = function(x["q"], x["k"], x["v"], MASKS[mask])
     assert_same(ours, loop_attention(x["q"], x["k"], x["v"], MASKS[mask]), x)
@@ -169,9 +165,7 @@ def test_a_new_query_sees_the_whole_cache() -> None:
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("function", [attend, sdpa])
-def test_a_query_that_sees_nothing_gets_zero(
-    function: Attend, biased: bool
-) -> None:
+def test_a_query_that_sees_nothing_gets_zero(function: Attend, biased: bool) -> None:
     """Its output is exactly zero, every gradient is finite, and other rows do not change."""
     allowed = ALLOWED.clone()
     allowed[1] = False

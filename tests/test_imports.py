@@ -11,6 +11,7 @@ import pytest
 
 from tools.build import listed
 from tools.pairs import Pair, all_pairs, read_notebook
+from transformer_annotated import _HOME
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "transformer_annotated"
@@ -25,7 +26,7 @@ each_pair = pytest.mark.parametrize("chapter", PAIRS, ids=lambda chapter: chapte
 
 
 def imported(source: str) -> Iterator[str]:
-    """The modules and names of the package that a source imports, each as a dotted name."""
+    """The modules of the package that a source imports, each as a dotted name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -35,7 +36,8 @@ def imported(source: str) -> Iterator[str]:
             if node.level:
                 yield "." * node.level + (node.module or "")
             elif node.module == PACKAGE:
-                yield from (f"{PACKAGE}.{alias.name}" for alias in node.names)
+                for alias in node.names:  # a public name counts as the chapter that has it
+                    yield f"{PACKAGE}.{_HOME.get(alias.name, alias.name)}"
             elif node.module and node.module.startswith(f"{PACKAGE}."):
                 yield node.module
 

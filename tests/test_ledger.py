@@ -21,20 +21,9 @@ from transformer_annotated import (
     Transformer,
     patch,
 )
-from transformer_annotated.paper.first_translation import greedy, train
-from transformer_annotated.paper.multi30k import bucketed, label_smoothing, paper_rate
-from transformer_annotated.paper.toy import EOS, collate
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ledger_page.load()
-SMALL = {
-    "vocab_size": 11,
-    "d_model": 16,
-    "n_layers": 2,
-    "self_attention.n_heads": 2,
-    "cross_attention.n_heads": 2,
-    "ffn.d_ff": 24,
-}
 
 
 def names_of_tests(path: Path) -> set[str]:
@@ -306,104 +295,3 @@ def test_sinusoids_have_no_longest_position() -> None:
     found = encode(torch.tensor([[position]]))[0, 0]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-3)
     assert list(encode.parameters()) == []
-
-
-PAIRS = [([4] * (1 + i % 19), [5] * (1 + (i + i // 19) % 19)) for i in range(400)]
-
-
-def test_batches_hold_similar_lengths_within_a_budget_of_tokens() -> None:
-    budget, seen, real, places = 200, 0, 0, 0
-    for batch in bucketed(PAIRS, budget, seed=0):
-        assert max(batch.src.numel(), batch.tgt_out.numel()) <= budget
-        seen += len(batch.src)
-        real += int(batch.src_padding.sum()) + batch.n_tokens
-        places += batch.src.numel() + batch.tgt_out.numel()
-        if seen >= len(PAIRS):
-            break
-    assert seen == len(PAIRS)
-    unsorted = [collate(PAIRS[i : i + 10]) for i in range(0, len(PAIRS), 10)]
-    padding = 1 - sum(int(b.src_padding.sum()) + b.n_tokens for b in unsorted) / sum(
-        b.src.numel() + b.tgt_out.numel() for b in unsorted
-    )
-    assert 1 - real / places < 0.6 * padding
-
-
-def test_the_optimizer_is_the_papers_adam() -> None:
-    """Against Adam by hand, with a loss so small that epsilon matters."""
-    torch.manual_seed(0)
-    # without the bias of the keys, whose gradient is zero but for rounding
-    config = patch(PAPER_BASE, SMALL, {"dropout": 0.0})
-    config = patch(config, {f"{a}_attention.qkv_bias": False for a in ("self", "cross")})
-    model = Transformer(config).double()
-    twin = copy.deepcopy(model)
-    data = [collate([([4, 5, 6], [7, 8])]), collate([([9], [10, 4])]), collate([([5], [6])])]
-
-    def loss(logits: torch.Tensor, target: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-        return 1e-8 * F.cross_entropy(logits[padding], target[padding])
-
-    rate = paper_rate(16, warm_up=2)
-    train(model, data, learning_rate=rate, loss=loss)
-    mean = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
-    square = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
-    for step, batch in enumerate(data, start=1):
-        logits = twin(batch.src, batch.tgt_in, src_padding=batch.src_padding)
-        twin.zero_grad()
-        loss(logits, batch.tgt_out, batch.tgt_padding).backward()
-        with torch.no_grad():
-            for name, p in twin.named_parameters():
-                mean[name] = 0.9 * mean[name] + 0.1 * p.grad
-                square[name] = 0.98 * square[name] + 0.02 * p.grad**2
-                m, s = mean[name] / (1 - 0.9**step), square[name] / (1 - 0.98**step)
-                p -= rate(step) * m / (s.sqrt() + 1e-9)
-    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
-        torch.testing.assert_close(p, q[1], rtol=0, atol=1e-9, msg=name)
-
-
-@pytest.mark.parametrize("d_model", [512, 1024])
-def test_the_learning_rate_is_equation_3(d_model: int) -> None:
-    rate = paper_rate(d_model)
-    for step in (1, 10, 3_999, 4_000, 4_001, 100_000):
-        expected = 1 / math.sqrt(d_model) * min(1 / math.sqrt(step), step / 4_000**1.5)
-        assert rate(step) == pytest.approx(expected, rel=1e-12)
-    assert rate(4_000) > max(rate(3_999), rate(4_001))
-    assert rate(2_000) == pytest.approx(rate(4_000) / 2)
-    assert rate(16_000) == pytest.approx(rate(4_000) / 2)
-
-
-def test_label_smoothing_spreads_a_tenth_over_the_vocabulary() -> None:
-    torch.manual_seed(0)
-    logits, target = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
-    padding = torch.tensor([[True, True, True], [True, False, False]])
-    wanted = 0.9 * F.one_hot(target, 7) + 0.1 / 7  # what the model should say, (B, T, V)
-    expected = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)[padding].mean()
-    found = label_smoothing(0.1)(logits, target, padding)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
-    assert not gradients[0][~padding].any()
-
-
-class Parrot(nn.Module):
-    """A translator that says `word` until step `end`, and then EOS."""
-
-    def __init__(self, end: int) -> None:
-        super().__init__()
-        self.end = end
-
-    def encode(self, src: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
-        return src
-
-    def decode(
-        self, tgt: torch.Tensor, memory: torch.Tensor, padding: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        says = EOS if tgt.shape[1] >= self.end else 5
-        return F.one_hot(torch.full_like(tgt, says), 8).float()
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-
-def test_the_output_is_at_most_50_tokens_longer_than_the_input() -> None:
-    src = torch.tensor([[4, 6, EOS]])
-    assert greedy(Parrot(end=1_000), src).tolist() == [[5] * 53]
-    assert greedy(Parrot(end=3), src).tolist() == [[5, 5, EOS]]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from transformer_annotated import (
+    DECODER_ONLY,
     Config,
     FeedForward,
     Head,
@@ -237,3 +238,20 @@ def test_a_built_config_gives_what_it_says() -> None:
     module = spec(FeedForward, d_ff=6, bias=False)(d_model=4)
     assert sum(p.numel() for p in module.parameters()) == 2 * 4 * 6
     assert module(torch.zeros(1, 4)).shape == (1, 4)
+
+
+def test_a_path_into_a_part_that_every_stack_leaves_out_changes_nothing() -> None:
+    alone = patch(Config(), DECODER_ONLY)
+    both = {"self_attention.attend": sdpa, "cross_attention.attend": sdpa}
+    together = patch(Config(), DECODER_ONLY, both)
+    assert together == patch(alone, both) == patch(patch(Config(), both), DECODER_ONLY)
+    assert together != alone
+    for path in ("encoder.n_layers", "cross_atention.attend"):
+        with pytest.raises(ValueError, match=f"unknown path '{path}'"):
+            patch(alone, {path: 3})
+
+
+def test_a_class_that_its_name_would_not_find_again_is_not_saved() -> None:
+    assert from_json(to_json(spec(LayerNorm))) == spec(LayerNorm)
+    with pytest.raises(ValueError, match=r"torch.*LayerNorm cannot be saved by name"):
+        to_json(spec(nn.LayerNorm, normalized_shape=8))

@@ -219,7 +219,10 @@ def ids(*shape: int) -> Tensor:
         (lambda: RecurrentTranslator(9, 8, dropout=-0.1), "dropout is -0.1"),
         (lambda: RecurrentTranslator(9, 8, dropout=math.nan), "dropout is nan"),
         (lambda: check_ids("src", ids(3), 9), r"src must be \(B, T\) with B, T >= 1, got \(3,\)"),
-        (lambda: check_ids("src", ids(2, 3).float(), 9), "src must be integers .* got torch.float32"),
+        (
+            lambda: check_ids("src", ids(2, 3).float(), 9),
+            "src must be integers .* got torch.float32",
+        ),
         (lambda: check_ids("src", ids(0, 3), 9), "src must be .* with B, T >= 1"),
         (lambda: check_ids("src", ids(2, 0), 9), "src must be .* with B, T >= 1"),
         (lambda: check_ids("src", 9 * ids(2, 3), 9), "src holds 9; the vocabulary has ids 0 to 8"),
@@ -248,9 +251,9 @@ def test_bad_padding_is_named(padding: Tensor, words: str) -> None:
 
 def test_the_model_checks_all_of_its_inputs(model: RecurrentTranslator) -> None:
     src, tgt, bad = ids(2, 3), ids(2, 4), torch.zeros(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="src holds the id 17"):
+    with pytest.raises(ValueError, match="src holds 17"):
         model(17 * src, tgt)
-    with pytest.raises(ValueError, match="tgt holds the id 17"):
+    with pytest.raises(ValueError, match="tgt holds 17"):
         model(src, 17 * tgt)
     with pytest.raises(ValueError, match=r"src_padding\[0\]"):
         model(src, tgt, src_padding=bad)

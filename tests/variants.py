@@ -100,9 +100,7 @@ VARIANTS: dict[str, Variant] = {
     "untied": Variant("seq2seq", ({"head": spec(Head, tied=False, bias=True)},)),
     "two_vocabularies": Variant("seq2seq", ({"src_vocab_size": VOCABULARY + 4},)),
     "one_layer": Variant("seq2seq", (ONE_LAYER,)),
-    "attention_dropout": Variant(
-        "seq2seq", ({"self_attention.dropout": 0.1, "ffn.dropout": 0.1},)
-    ),
+    "attention_dropout": Variant("seq2seq", ({"self_attention.dropout": 0.1, "ffn.dropout": 0.1},)),
     "no_positions": Variant("seq2seq", ({"embedding.position": None},)),
     "decoder_only": Variant("decoder", (DECODER_ONLY,)),
     "decoder_only_window": Variant(
