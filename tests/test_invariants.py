@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.reference import assert_close
 from tests.variants import SMALL, VARIANTS, VOCABULARY, Patch, batch, build, run, sentence
 from transformer_annotated import Transformer, from_json, patch, to_json
-from transformer_annotated.paper.multi_head import Heads
+from transformer_annotated.paper.multi_head import KeysValues
 
 ALL = list(VARIANTS)
 CAUSAL = [name for name, variant in VARIANTS.items() if variant.kind != "encoder"]
@@ -283,7 +283,7 @@ class Growing:
         self.held: tuple[Tensor, Tensor, Tensor] | None = None
 
     def update(
-        self, project: Callable[[Tensor], Heads], source: Tensor, positions: Tensor | None
+        self, project: Callable[[Tensor], KeysValues], source: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert positions is not None
         k, v = project(source)
@@ -302,7 +302,7 @@ class Once:
         self.held: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def update(
-        self, project: Callable[[Tensor], Heads], source: Tensor, positions: Tensor | None
+        self, project: Callable[[Tensor], KeysValues], source: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.held is None:
             self.held = (*project(source), positions)

@@ -1,5 +1,6 @@
 """What every chapter needs of the book itself: its scale, its machine and its exercises."""
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["check", "machine", "scale"]
+__all__ = ["check", "machine", "results", "scale"]
 
 
 def scale() -> Literal["short", "full"]:
@@ -39,6 +40,16 @@ def machine() -> str:
         parts.insert(0, torch.cuda.get_device_name())
     parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     return ", ".join(parts)
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The long runs stored in ``book/results/NAME.jsonl`` of this checkout, oldest first.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the package was not installed from a checkout.
+    """
+    path = Path(__file__).resolve().parent.parent / "book" / "results" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _processor() -> str:

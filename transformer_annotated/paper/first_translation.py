@@ -35,7 +35,7 @@ from transformer_annotated.paper.transformer import Transformer
 # German in, English out. A translation counts only if every word is right: **exact match**. This page runs at two sizes. What you see stored is the full one; the
 # tests run a short one that only proves that everything works.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.book import machine, scale
 # from transformer_annotated.paper.toy import batches, derive, pairs, split
 #
@@ -49,7 +49,7 @@ from transformer_annotated.paper.transformer import Transformer
 # %% [markdown]
 # The training sentences and the test sentences are different, every one. One vocabulary serves both languages, so that one table can serve three times.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # vocabulary = Vocabulary.build(sentence for pair in train_pairs for sentence in pair)
 # print(len(vocabulary), "words in the vocabulary")
 
@@ -80,7 +80,7 @@ def encode_pairs(
 # `Translator` lists what training and decoding will ask of a model. The Transformer and the recurrent translator both fit, so both can be trained by the
 # same loop. `encode_pairs` turns words to ids.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # data = encode_pairs(train_pairs, vocabulary)
 # batch = collate(data[:2])
 # print("decoder reads   ", [vocabulary.words[i] for i in batch.tgt_in[0]])
@@ -106,7 +106,7 @@ def cross_entropy(logits: Tensor, target: Tensor, padding: Tensor) -> Tensor:
     """
     return F.cross_entropy(logits[padding].float(), target[padding])
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # import math
 #
 # from transformer_annotated import PAPER_BASE, RecurrentTranslator, Transformer, patch
@@ -509,7 +509,7 @@ def cross_attention(
 # answer = ...
 # check("10.3", answer)
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
 # active: list[Tensor] = []
 # hook = model.encoder.layers[0].ffn.activation.register_forward_hook(
 #     lambda module, args, output: active.append((output > 0).float())

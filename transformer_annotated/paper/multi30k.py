@@ -601,8 +601,9 @@ if __name__ == "__main__":
 # What follows is read from the file that such a run wrote. No number in the outputs below is typed by hand.
 
 # %% tags=["active-ipynb"]
-# results = Path("book/results/multi30k.jsonl")
-# full = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
+# from transformer_annotated.book import results
+#
+# full = results("multi30k")[-1]
 # print(full["machine"])
 # print(
 #     f"{full['parameters']:,} parameters, {len(full['loss']):,} steps, {full['target_tokens']:,} target words"
@@ -615,7 +616,7 @@ if __name__ == "__main__":
 # fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7))
 # smooth = torch.tensor(full["loss"]).unfold(0, 50, 50).mean(dim=-1)
 # left.plot(range(50, 50 * len(smooth) + 1, 50), smooth)
-# left.set(xlabel="step", ylabel="smoothed loss, mean of 50 steps", ylim=(0, None))
+# left.set(xlabel="step", ylabel="smoothed loss", ylim=(0, None))
 # steps, scores = zip(*full["validation_bleu"], strict=True)
 # right.plot(steps, scores, "o-")
 # right.set(xlabel="step", ylabel="validation BLEU", ylim=(0, None));
