@@ -259,6 +259,10 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(heads.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 # %% [markdown]
+# Follow the shapes at full size, for a batch of 2 sentences of 7 words. `x` is `(2, 7, 512)`. Each projection keeps that shape. `split` makes `(2, 8, 7, 64)`: the heads
+# have become an axis, and from here on they do not know of one another. `attend` returns the same shape. `transpose` and `flatten` lay the heads side by side again, `(2, 7, 512)`, and
+# `out_proj` mixes them.
+#
 # That is the longest class of Part I, and half of it is its own description. Read `forward` against {eq}`eq-multi-head`.
 # `q_proj`, `k_proj` and `v_proj` hold all heads of $W^Q$, $W^K$, $W^V$ at once, `split` cuts them, `self.attend` is Chapter 3, the
 # last line joins and applies $W^O$. If there is no `memory`, the vectors look at each other.

@@ -237,6 +237,28 @@ class Layer(nn.Module):
         return x
 
 # %% [markdown]
+# Build one by hand and send something through it: a decoder layer of width 32, with five target positions and a memory of seven.
+
+# %% tags=["active-ipynb"]
+# layer = Layer(
+#     32,
+#     norm=spec(LayerNorm),
+#     residual=spec(PostNorm),
+#     dropout=0.0,
+#     self_attention=spec(MultiHeadAttention, n_heads=4),
+#     cross_attention=spec(MultiHeadAttention, n_heads=4),
+#     ffn=spec(FeedForward, d_ff=64),
+# )
+# x, memory = torch.randn(2, 5, 32), torch.randn(2, 7, 32)  # (B, T, D), (B, S, D)
+# y = layer(x, memory, Mask(causal=True))
+# print(tuple(x.shape), "->", tuple(y.shape))
+# for name, part in layer.named_children():
+#     print(f"{name:16s}{sum(p.numel() for p in part.parameters()):6,} parameters")
+
+# %% [markdown]
+# Read `forward` as three sentences of the same form: *take x, let a sub-layer answer, add and normalise.* The first answers from the target itself, the second from the memory, the third
+# from the position alone. The order matters: a position first collects what the target says so far, and then, knowing that, asks the source.
+#
 # `partial` fills in every argument of a sub-layer except its input, because the frame from Chapter 6 wants a function of one argument. Sub-layers that the config leaves
 # out are `None` and take no part.
 #
@@ -304,6 +326,9 @@ def n_heads(stack: StackConfig) -> int:
     return count
 
 # %% [markdown]
+# Three things happen once for each stack and not once for each layer: the causal rule is joined to the mask, a bias (if there is one) is built, and a final norm (if there is one) follows
+# the last layer.
+#
 # `causal` belongs to the stack, not to the caller. If callers had to ask for it, some call would forget.
 #
 # ## The model
@@ -435,8 +460,15 @@ class Transformer(nn.Module):
         )
 
 # %% [markdown]
+# On a first reading, skip every argument whose default is `None`: each is a door for a later part. What is left is short. The constructor checks that the two stacks fit together and
+# builds what the config says. The embedding is built *once* if both languages share a vocabulary. And the head owns no matrix; it is handed the embedding's.
+#
 # Three methods carry the weight. `encode` makes the memory, `decode` makes the target's vectors from it, `logits` scores them; `forward` is the three in a row. They are
 # separate because a translation encodes once and decodes many times.
+#
+# Follow the shapes for a batch of 2 sentences, source length 7, target length 5, at full size. `src` is `(2, 7)`. The embedding makes it `(2, 7, 512)`, and six layers
+# keep that shape: the memory. `tgt` is `(2, 5)`, becomes `(2, 5, 512)`, and keeps that through six more layers, in each of which it reads the memory once. The head makes `(2, 5, 37000)`.
+# No other shape occurs between the parts; everything with heads stays inside attention.
 #
 # The rest fills in what callers leave out: positions count real tokens, so that padding on the left moves nothing; padding becomes a mask. And `init_linear` draws the first weights.
 
