@@ -134,7 +134,7 @@ def spec(target: Callable[..., M], /, **arguments: Any) -> Spec[M]:
     return Spec(target, {**defaults(target), **arguments})
 
 # %% [markdown]
-# Three helpers do the checking. The first compares the arguments with the class's signature. The last one refuses
+# Two helpers do the checking. `check_arguments` compares the arguments with the class's signature. `check_plain` refuses
 # values that could not be compared, printed or saved, above all a module that is already built.
 
 # %%
