@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import MUTANTS, Mutant, function, plant
+from tests.mutant import Mutant, function, plant
+from tests.mutants import MUTANTS
 from tools import mutant_page
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tests.mutants import MUTANTS, PACKAGE
+from tests.mutants import MUTANTS
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "mutants.md"
 
 INTRODUCTION = """\
-<!-- Written by tools/mutant_page.py from tests/mutants.py: edit that file. -->
+<!-- Written by tools/mutant_page.py from tests/mutants.py and tests/mutants_training.py. -->
 # Mutants
 
 A test that never fails proves nothing. So we also test the tests. Below are {n} mistakes that are
@@ -18,7 +18,7 @@ would fail `make test`.
 A mistake is planted while the tests run: one piece of a function's text is replaced, the function
 is compiled again, and its code is exchanged until the test has failed. No file changes. The test
 must pass before, fail by an assertion in between (a crash does not count), and pass again
-afterwards. To add a mistake, add a row to `tests/mutants.py` and run
+afterwards. To add a mistake, add a row to `tests/mutants.py` or `tests/mutants_training.py` and run
 `python -m tools.mutant_page`.
 
 | Mistake | Where | Noticed by |
@@ -31,7 +31,7 @@ def render() -> str:
     rows = []
     for mutant in MUTANTS:
         module, name = mutant.target.split(":")
-        where = f"`{PACKAGE.split('.')[-1]}.{module}.{name}`"
+        where = f"`{module}.{name}`"
         rows.append(f"| {mutant.mistake} | {where} | `{mutant.killed_by}` |\n")
     return INTRODUCTION.format(n=len(MUTANTS)) + "".join(rows)
 

@@ -103,28 +103,39 @@ def heatmap(
     return image
 
 
-_CHAPTERS = (
-    "Why\nattention", "Parts", "Attention", "Multi-\nhead", "Feed-\nforward", "Add &\nNorm",
-    "Embed-\ndings", "Whole\nmodel", "Small\nlanguage", "First\ntranslation", "Real\ncorpus",
+_PARTS: tuple[tuple[str, ...], ...] = (
+    (  # Part I
+        "Why\nattention", "Parts", "Attention", "Multi-\nhead", "Feed-\nforward", "Add &\nNorm",
+        "Embed-\ndings", "Whole\nmodel", "Small\nlanguage", "First\ntranslation", "Real\ncorpus",
+    ),
+    (  # Part II
+        "Corpora", "Tokens", "Batches", "Objec-\ntive", "Sched-\nule", "Speed", "Check-\npoints",
+        "Trainer", "Decod-\ning", "Beam\nsearch", "BLEU", "The paper\nagain", "Looking\ninside",
+    ),
 )  # fmt: skip
 
 
 def reading_map(chapter: int) -> Axes:
-    """Draw Part I as a row of boxes with `chapter` (1 to 11) filled: where the reader stands."""
-    if not 1 <= chapter <= len(_CHAPTERS):
-        raise ValueError(f"chapter must be 1 to {len(_CHAPTERS)}, got {chapter}")
+    """Draw the part that holds `chapter` as a row of boxes, with its box filled."""
+    first, part = 1, _PARTS[0]
+    for part in _PARTS:
+        if 1 <= chapter < first + len(part):
+            break
+        first += len(part)
+    else:
+        raise ValueError(f"chapter must be 1 to {first - 1}, got {chapter}")
     ax = plt.subplots(figsize=(7.2, 0.75))[1]
     ax.set_axis_off()
-    ax.set(xlim=(0, len(_CHAPTERS)), ylim=(0, 1))
-    for i, name in enumerate(_CHAPTERS):
-        here = i + 1 == chapter
+    ax.set(xlim=(0, len(part)), ylim=(0, 1))
+    for i, name in enumerate(part):
+        here = first + i == chapter
         box = FancyBboxPatch(
             (i + 0.08, 0.06), 0.84, 0.88, boxstyle="round,pad=0,rounding_size=0.08",
             facecolor=COLORS[0] if here else "#F3F6FA", edgecolor="#888888", linewidth=0.8,
         )  # fmt: skip
         ax.add_patch(box)
-        ink = "white" if here else "black" if i < chapter else "#666666"
-        ax.text(i + 0.5, 0.74, str(i + 1), ha="center", va="center", fontsize=7, color=ink)
+        ink = "white" if here else "black" if first + i < chapter else "#666666"
+        ax.text(i + 0.5, 0.74, str(first + i), ha="center", va="center", fontsize=7, color=ink)
         ax.text(i + 0.5, 0.36, name, ha="center", va="center", fontsize=6.2, color=ink)
     return ax
 

@@ -1,62 +1,10 @@
-"""The verifiers of the exercises: one small function for each number.
+"""The exercises of Part I."""
 
-A verifier takes the reader's answer. It returns where the answer is right and raises
-``AssertionError`` with a hint where it is not; `transformer_annotated.book.check` prints the rest.
-It computes what is right instead of storing it where that is possible, and a hint says what to look
-at without giving the answer away::
-
-    @exercise("3.1")
-    def _(answer: Any) -> None:
-        close(answer, 0.5, hint="Divide by the number of keys, not of queries.")
-
-Chapters are imported inside the verifier that needs them, so that this module stays cheap.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["CHECKS", "close", "exercise"]
-
-Verifier = Callable[[Any], None]
-
-CHECKS: dict[str, Verifier] = {}
-"""Exercise number, such as ``"3.1"``, to its verifier."""
-
-
-def exercise(number: str) -> Callable[[Verifier], Verifier]:
-    """Register a verifier under an exercise's number.
-
-    Raises:
-        ValueError: the number is taken.
-    """
-
-    def register(verifier: Verifier) -> Verifier:
-        if number in CHECKS:
-            raise ValueError(f"number={number!r}: there is a verifier for this exercise already")
-        CHECKS[number] = verifier
-        return verifier
-
-    return register
-
-
-def close(answer: Any, expected: Any, rel: float = 1e-4, hint: str = "") -> None:
-    """Assert that a number or tensor has the expected shape and values, to a relative tolerance.
-
-    The tolerance is relative to the largest expected value. Raises AssertionError with a hint.
-    """
-    try:
-        got = torch.as_tensor(answer).detach().to(torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise AssertionError(f"A number or a tensor is asked for. {hint}".strip()) from None
-    want = torch.as_tensor(expected).detach().to(torch.float64)
-    assert got.shape == want.shape, (
-        f"Its shape is {tuple(got.shape)}; expected {tuple(want.shape)}. {hint}".strip()
-    )
-    room = rel * max(float(want.abs().max()) if want.numel() else 0.0, 1e-12)
-    assert torch.allclose(got, want, rtol=0.0, atol=room), hint or "The values differ."
-
+from transformer_annotated.exercises import close, exercise
 
 # Chapter 1: recurrent ---------------------------------------------------------------------------
 
@@ -92,27 +40,6 @@ def _(answer: Any) -> None:
             answer(queries, keys, v), torch.stack(rows, dim=1), rel=1e-4,
             hint="Give queries an axis for S and keys an axis for T; softmax over S, the last.",
         )  # fmt: skip
-
-
-# Chapter 2: parts -------------------------------------------------------------------------------
-
-
-# Chapter 3: attention ---------------------------------------------------------------------------
-
-
-# Chapter 4: multi_head --------------------------------------------------------------------------
-
-
-# Chapter 5: feed_forward ------------------------------------------------------------------------
-
-
-# Chapter 6: add_norm ----------------------------------------------------------------------------
-
-
-# Chapter 7: embedding ---------------------------------------------------------------------------
-
-
-# Chapter 8: transformer -------------------------------------------------------------------------
 
 
 # Chapter 9: toy ---------------------------------------------------------------------------------
@@ -172,12 +99,6 @@ def _(answer: Any) -> None:
     assert rows(got) == rows(usual), "Every pair must be in exactly one batch."
     ratio = padding(got) / padding(usual)
     assert ratio < 0.25, f"There is still {ratio:.0%} of the padding of random batches."
-
-
-# Chapter 10: first_translation ------------------------------------------------------------------
-
-
-# Chapter 11: multi30k ---------------------------------------------------------------------------
 
 
 # Chapter 2, Parts
