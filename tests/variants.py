@@ -14,6 +14,7 @@ from tests.reference import redraw
 from transformer_annotated import (
     DECODER_ONLY,
     ENCODER_ONLY,
+    FAST,
     SDPA,
     Config,
     FeedForward,
@@ -108,6 +109,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "encoder_only": Variant("encoder", (ENCODER_ONLY,)),
     "encoder_only_window": Variant("encoder", (ENCODER_ONLY, WINDOW), reach=False),
+    # Part II
+    "fast": Variant("seq2seq", (FAST,)),
+    "fast_sdpa_gqa": Variant("seq2seq", (FAST, SDPA, GQA)),
+    "fast_decoder_only": Variant("decoder", (FAST, DECODER_ONLY)),
 }
 
 

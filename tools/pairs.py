@@ -58,7 +58,7 @@ def all_pairs(root: Path = ROOT) -> list[Pair]:
     names = {p.relative_to(root / "book").with_suffix("") for p in root.glob("book/*/*.ipynb")}
     package = root / "transformer_annotated"
     for path in package.glob("*/*.py"):
-        if not path.name.startswith("_"):
+        if not path.name.startswith("_") and (root / "book" / path.parent.name).is_dir():
             names.add(path.relative_to(package).with_suffix(""))
     return [Pair(name.as_posix(), root) for name in sorted(names)]
 

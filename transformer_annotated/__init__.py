@@ -28,6 +28,31 @@ _NAMES = {
     "paper.multi30k": [
         "bleu", "bucketed", "detokenize", "label_smoothing", "paper_rate", "tokenizer",
     ],
+    "training.corpora": ["ParallelCorpus", "open_corpus"],
+    "training.tokens": [
+        "BPETokenizer", "EncodedCorpus", "Tokenizer", "WordTokenizer", "encode_corpus",
+        "load_tokenizer", "train_bpe", "train_words",
+    ],
+    "training.batching": ["TokenBatchSampler", "pack"],
+    "training.objective": ["CrossEntropy", "LossSum", "Objective", "RDrop"],
+    "training.schedule": [
+        "Schedule", "adam", "clip_gradients", "cosine", "inverse_square_root", "set_rate",
+    ],
+    "training.speed": ["FAST", "FastDropout", "FastEmbedding", "FastPostNorm", "FusedNorm"],
+    "training.checkpoints": [
+        "Checkpoint", "CheckpointError", "average_checkpoints", "latest_checkpoint",
+        "list_checkpoints", "load_checkpoint", "save_checkpoint",
+    ],
+    "training.trainer": ["TrainConfig", "Trainer"],
+    "training.decoding": ["Cache", "greedy_search", "sample", "translate_texts"],
+    "training.beam": ["Hypotheses", "beam_search"],
+    "training.bleu": [
+        "Scores", "bootstrap_bleu", "corpus_bleu", "corpus_chrf", "evaluate_translations",
+    ],
+    "training.reproduction": ["Recipe"],
+    "training.inside": [
+        "AttentionMap", "attention_maps", "greedy_removal", "head_statistics", "remove_heads",
+    ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)

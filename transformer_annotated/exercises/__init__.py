@@ -9,8 +9,8 @@ at without giving the answer away::
     def _(answer: Any) -> None:
         close(answer, 0.5, hint="Divide by the number of keys, not of queries.")
 
-Chapters are imported inside the verifier that needs them, so that this package stays cheap; `paper` and
-`training` hold one part's verifiers each.
+Chapters are imported inside the verifier that needs them, so that this package stays cheap. Its
+modules `paper` and `training` hold one part's verifiers each.
 """
 
 from collections.abc import Callable

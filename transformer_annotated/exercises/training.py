@@ -196,6 +196,37 @@ def _(answer: Any) -> None:
 
 # Chapter 16: schedule (end)
 
+
+@exercise("17.1")
+def _(answer: Any) -> None:
+    P100, hour = 9.5e12, 3600
+    hint = "Cards, times seconds, times operations a second."
+    close(answer, [8 * 12 * hour * P100, 24 * hour * P100], rel=0.02, hint=hint)
+
+
+@exercise("17.2")
+def _(answer: Any) -> None:
+    def faster(f: float, s: float) -> float:
+        return 1 / (1 - f + f / s)
+
+    hint = "Add up the time that is left, as a share of the old one, and turn it over."
+    close(answer, [faster(0.12, 5), faster(0.12, float("inf"))], rel=5e-3, hint=hint)
+
+
+@exercise("17.3")
+def _(answer: Any) -> None:
+    k = min(range(256), key=lambda k: abs(k / 256 - 0.1))
+    close(answer, [k / 256, 256 / (256 - k)], hint="How many of 256 values mean drop?")
+
+
+@exercise("17.4")
+def _(answer: Any) -> None:
+    words = torch.empty(100_000, dtype=torch.int64).random_(generator=torch.Generator())
+    low = round(0.1 * 2**16) - 2**15
+    dropped = float((words.view(torch.int16) < low).float().mean())
+    close(answer, dropped, rel=0.03, hint="In which quarter of a word is that bit, and what is it?")
+
+
 # Chapter 17: speed (end)
 
 
@@ -278,7 +309,72 @@ def _(answer: Any) -> None:
 
 # Chapter 19: trainer (end)
 
+
+@exercise("20.1")
+def _(answer: Any) -> None:
+    layers, width, number, tokens = 6, 512, 4, 100 + 80
+    hint = "For each layer and token two vectors of D numbers; the memory's tokens count too."
+    close(answer, layers * 2 * width * number * tokens, rel=1e-9, hint=hint)
+
+
+@exercise("20.2")
+def _(answer: Any) -> None:
+    prompt, total = 12, 20
+    cached = prompt**2 + sum(prompt + n for n in range(1, total - prompt + 1))
+    again = sum(n**2 for n in range(prompt, total + 1))
+    hint = "One call with T queries and S keys scores T · S pairs."
+    close(answer, [cached, again], rel=1e-9, hint=hint)
+
+
+@exercise("20.3")
+def _(answer: Any) -> None:
+    assert callable(answer), "A function of logits and min_p is asked for."
+    generator = torch.Generator().manual_seed(203)
+    logits = 2 * torch.randn(20, 12, generator=generator)
+    for min_p in (0.05, 0.3, 1.0):
+        p = logits.softmax(dim=-1)
+        keep = p >= min_p * p.amax(dim=-1, keepdim=True) * (1 - 1e-6)
+        found = answer(logits.clone(), min_p)
+        assert found.shape == logits.shape, "The logits keep their shape."
+        assert torch.equal(found > -torch.inf, keep), (
+            "p_i >= min_p · p_max is a statement about differences of logits."
+        )
+        assert torch.equal(found[keep], logits[keep]), "Tokens that stay keep their logits."
+
+
 # Chapter 20: decoding (end)
+
+
+@exercise("21.1")
+def _(answer: Any) -> None:
+    ratio = torch.tensor([4.5 / 4.0, (5 + 9) / (5 + 6)], dtype=torch.float64).log()
+    hint = "Set the two scores equal; alpha is then a quotient of two logarithms."
+    close(answer, ratio[0] / ratio[1], rel=2e-3, hint=hint)
+
+
+@exercise("21.2")
+def _(answer: Any) -> None:
+    words, tokens, beam = 1000, 4, 4
+    everything = sum(words**n for n in range(tokens))
+    candidates = (words + 1) * (1 + beam * (tokens - 1))
+    hint = "EOS takes one place; each hypothesis is continued by every word and by EOS."
+    close(answer, [everything, candidates], rel=1e-12, hint=hint)
+
+
+@exercise("21.3")
+def _(answer: Any) -> None:
+    from transformer_annotated.training.beam import GNMT
+
+    assert callable(answer), "A function of log_p, lengths and alpha is asked for."
+    generator = torch.Generator().manual_seed(213)
+    lengths = torch.randint(1, 30, (40, 5), generator=generator)
+    log_p = -0.4 * lengths - torch.rand(40, 5, generator=generator)
+    for alpha in (0.0, 0.6, 1.5):
+        best = GNMT(alpha).score(log_p, lengths).argmax(dim=-1)
+        found = torch.as_tensor(answer(log_p, lengths, alpha))
+        assert found.shape == best.shape, "One number for each sentence."
+        assert torch.equal(found, best), "Divide by ((5 + n) / 6) to the power of alpha."
+
 
 # Chapter 21: beam (end)
 
@@ -330,6 +426,7 @@ def _(answer: Any) -> None:
 
 # Chapter 22: bleu (end)
 
+
 @exercise("23.1")
 def _(answer: Any) -> None:
     hours = 100_000 * 25_000 / 250_000 / 3600
@@ -359,9 +456,7 @@ def _(answer: Any) -> None:
 
     assert isinstance(answer, Recipe), "A Recipe is asked for; `replace` makes one from another."
     train = replace(SMALL.train, steps=SMALL.train.steps // 5, seed=7)
-    right = replace(
-        SMALL, source="fr", target="en", warm_up=SMALL.warm_up // 5, train=train
-    )
+    right = replace(SMALL, source="fr", target="en", warm_up=SMALL.warm_up // 5, train=train)
     assert answer.train == right.train, "Look at the steps and the seed."
     assert answer == right, "The training is right. Look at the languages and the warm-up."
 
