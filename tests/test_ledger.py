@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import inspect
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ from transformer_annotated import (
     Transformer,
     patch,
 )
+from transformer_annotated.training.beam import GNMT, beam_search
+from transformer_annotated.training.decoding import greedy_search
+from transformer_annotated.training.objective import CrossEntropy
+from transformer_annotated.training.reproduction import RUNS, Recipe
+from transformer_annotated.training.schedule import adam, inverse_square_root
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ledger_page.load()
@@ -63,10 +70,12 @@ def test_every_test_exists() -> None:
 
 
 def test_the_sections_on_model_and_training_are_complete() -> None:
-    wanted = {"3.1", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "3.5", "5.1", "5.2", "5.3", "5.4"}
+    model = {"3.1", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "3.5"}
+    wanted = model | {"5.1", "5.2", "5.3", "5.4", "6.1", "6.2"}
     assert wanted <= {entry.section for entry in LEDGER.entries}
     assert set(LEDGER.sections) == {entry.section for entry in LEDGER.entries}
-    assert len(LEDGER.entries) >= 45
+    assert len(LEDGER.entries) >= 90
+    assert not [e.id for e in LEDGER.entries if e.verdict == "later" and e.section[0] == "5"]
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -105,6 +114,12 @@ def test_a_wrong_entry_is_rejected(fault: dict[str, object]) -> None:
     bad["entry"][0].update(fault)
     with pytest.raises(ValueError):
         ledger_page.parse(bad)
+
+
+@pytest.mark.parametrize("missing", ["code", "tests", "note"])
+def test_what_is_ready_has_code_a_test_and_a_note(missing: str) -> None:
+    with pytest.raises(ValueError, match="x: "):
+        ledger_page.parse({**DATA, "entry": [{**GOOD, "verdict": "ready", missing: []}]})
 
 
 def test_an_id_used_twice_is_rejected() -> None:
@@ -193,6 +208,66 @@ def test_the_big_model_has_the_papers_sizes() -> None:
         assert stack.ffn.kwargs["d_ff"] == 4096
         assert stack.self_attention.kwargs["n_heads"] == 16
     assert config.decoder.cross_attention.kwargs["n_heads"] == 16
+
+
+def test_the_recipes_for_wmt14() -> None:
+    for name in ("wmt14-en-de-base", "wmt14-en-de-big", "wmt14-en-fr-base", "wmt14-en-fr-big"):
+        recipe, french, big = RUNS[name], "-fr-" in name, "-big" in name
+        assert (recipe.data, recipe.source) == ("wmt14", "en")
+        assert recipe.target == ("fr" if french else "de")
+        assert recipe.vocab_size == (32_000 if french else 37_000)
+        seconds = 1.0 if big else 0.4  # a step of the paper's: a checkpoint every ten minutes
+        assert recipe.train.save_every * seconds == 600
+        built = patch(PAPER_BIG if big else PAPER_BASE, {"vocab_size": recipe.vocab_size})
+        assert count(recipe.config(recipe.vocab_size)) == count(built)
+        assert recipe.config(1).dropout == (0.3 if big and not french else 0.1)
+        assert (recipe.max_length, recipe.train.clip_norm) == (256, None)
+        assert recipe.train.precision == "bfloat16"
+
+
+def test_the_papers_numbers_are_the_defaults() -> None:
+    def default(function: Callable[..., object], name: str) -> object:
+        return inspect.signature(function).parameters[name].default
+
+    assert default(beam_search, "beam") == 4
+    assert default(beam_search, "alpha") == GNMT().alpha == 0.6
+    assert default(beam_search, "extra") == default(greedy_search, "extra") == 50
+    assert default(inverse_square_root, "warm_up") == 4000
+    assert default(inverse_square_root, "factor") == 1.0
+    assert (default(adam, "betas"), default(adam, "eps")) == ((0.9, 0.98), 1e-9)
+    assert CrossEntropy().smoothing == 0.1
+    recipe = Recipe()
+    assert (recipe.schedule, recipe.warm_up, recipe.peak) == ("inverse_square_root", 4000, None)
+    assert (recipe.smoothing, recipe.r_drop, recipe.model.share) == (0.1, 0.0, True)
+    assert recipe.rate()(123) == pytest.approx(512**-0.5 * 123 * 4000**-1.5)
+
+
+def test_the_length_penalty_is_that_of_the_cited_work() -> None:
+    """Wu et al. (2016), equation 14: log P divided by (5 + n)^0.6 / (5 + 1)^0.6."""
+    for n in (1, 7, 60):
+        score = GNMT(0.6).score(torch.tensor(-3.0, dtype=torch.float64), n)
+        assert score.item() == pytest.approx(-3.0 * 6**0.6 / (5 + n) ** 0.6)
+
+
+def test_the_papers_times_and_costs_agree() -> None:
+    """Section 5.2 and the last column of table 2, from seconds a step, steps and GPUs."""
+    base, big = 0.4 * 100_000 / 3600, 1.0 * 300_000 / 3600
+    assert 11 < base < 12
+    assert round(big / 24, 1) == 3.5
+    assert f"{ledger_page.training_flops(12):.1e}" == "3.3e+18"
+    assert f"{ledger_page.training_flops(3.5 * 24):.1e}" == "2.3e+19"
+
+
+def test_the_rows_of_table_3_are_patches() -> None:
+    """Rows A, C and D; rows A keep the width, so their parameters are those of the base model."""
+    for heads in (1, 4, 16, 32):
+        config = patch(PAPER_BASE, as_patch({"h": heads}))
+        assert config.encoder.self_attention(d_model=512).head_dim == 512 // heads
+        assert count(config) == count(PAPER_BASE)
+    for dropout in (0.0, 0.2):
+        assert patch(PAPER_BASE, {"dropout": dropout}).dropout == dropout
+    for smoothing in (0.0, 0.2):
+        assert CrossEntropy(smoothing).smoothing == smoothing
 
 
 def count(config: object) -> int:

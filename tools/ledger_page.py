@@ -21,6 +21,7 @@ VERDICTS = {
     "paper": "As the paper",
     "tensor2tensor": "As tensor2tensor",
     "changed": "Changed",
+    "ready": "Ready, not run",
     "later": "Later",
 }
 MEANINGS = {
@@ -28,15 +29,18 @@ MEANINGS = {
     "tensor2tensor": "The paper is silent, and the code follows the authors' own "
     "library {cite:p}`vaswani2018tensor2tensor`.",
     "changed": "The code does something else. The entry says what, and why.",
-    "later": "Not built in Part I, or not measured yet.",
+    "ready": "The code is here and tested. Nobody has run it here at the paper's size, so no "
+    "result is claimed. [](training/reproduction.ipynb) predicts what a run would cost.",
+    "later": "Not built yet.",
 }
 INTRODUCTION = """\
 <!-- Written by tools/ledger_page.py from book/ledger.toml: edit that file. -->
 # The fidelity ledger
 
 A book that says "as in the paper" should let you check it.
-This page goes through {{cite:t}}`vaswani2017attention` statement by statement: sections 3 and 5 in
-full, and what this book uses of sections 4 and 6. Section 6.3, on parsing, is left out.
+This page goes through {{cite:t}}`vaswani2017attention` statement by statement: sections 3, 5, 6.1
+and 6.2 in full, and what this book uses of section 4. Section 6.3, on parsing, is left out: its
+treebank is not free.
 Each entry gives the statement in our words, a verdict, the code, and the test that proves it.
 
 {verdicts}
@@ -139,6 +143,8 @@ def find(code: str) -> Any:
 def link(code: str) -> str:
     """A link to the API page, where `code` stands there; else its name."""
     module, _, qualname = code.partition(":")
+    if not module.startswith("transformer_annotated."):
+        return f"`{qualname}`"
     found, (owner, _, name) = find(code), qualname.rpartition(".")
     target = f"{module}.{qualname}"
     documented = inspect.isclass(found) or inspect.isfunction(found) or isinstance(found, property)
@@ -169,6 +175,11 @@ def verdicts(ledger: Ledger) -> str:
     n = Counter(entry.verdict for entry in ledger.entries)
     items = [f"{VERDICTS[v]} ({n[v]} entries)\n: {MEANINGS[v]}" for v in VERDICTS]
     return "\n\n".join(items)
+
+
+def training_flops(hours: float, gpus: int = 8, tflops: float = 9.5) -> float:
+    """Floating-point operations by the paper's estimate: section 6.1 and footnote 5."""
+    return hours * 3600 * gpus * tflops * 1e12
 
 
 # name, what the row changes in the base model, millions of parameters: table 3 of the paper
@@ -229,7 +240,7 @@ def sizes() -> str:
 
 def page(ledger: Ledger) -> str:
     """The whole page."""
-    scores = "[](paper/first_translation.ipynb) and [](paper/multi30k.ipynb)"
+    scores = "[](paper/multi30k.ipynb) and [](training/reproduction.ipynb)"
     parts = [INTRODUCTION.format(verdicts=verdicts(ledger), scores=scores).rstrip()]
     for number, title in ledger.sections.items():
         heading = title if number == "open" else f"{number} {title}"
