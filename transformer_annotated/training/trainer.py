@@ -68,7 +68,8 @@ class TrainConfig:
         precision: what the forward pass computes in; the weights are float32 always.
         seed: decides batches and dropout.
         steps: after how many steps of the optimiser the run is over.
-        save_every, validate_every: steps between checkpoints, and between validations.
+        save_every: steps from one checkpoint to the next.
+        validate_every: steps from one validation to the next.
         keep: how many checkpoints stay on disk, at least 2.
         compile: compile each layer with torch.compile.
         workers: processes that prepare batches; 0 for none beside the main one.
@@ -693,7 +694,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 #
 # Now the same run in three pieces. The first stops at a third. Then a new trainer is made, with new random weights, as a new process would do it, and goes on from the checkpoint. The third one ends it.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # for until in (steps // 3, steps // 2, steps):
 #     part = trainer(
 #         "parts", SETTINGS if until == steps else TrainConfig(**{**asdict(SETTINGS), "steps": until})
@@ -733,11 +734,9 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # from pathlib import Path
 # import torch
 # from transformer_annotated import *
-# from transformer_annotated.training.tokens import train_words
 # folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-# toy = open_corpus("toy", "de", "en")
-# words = train_words(side for pair in toy.pairs("train") for side in pair)
-# corpus = encode_corpus(toy, words)
+# corpus = EncodedCorpus.load(folder.parent / "corpus.safetensors")
+# words = load_tokenizer(corpus.tokenizer_json)
 # torch.manual_seed(0)
 # sizes = {"vocab_size": words.vocab_size, "d_model": 32, "n_layers": 1, "ffn.d_ff": 64,
 #          "self_attention.n_heads": 4, "cross_attention.n_heads": 4}
@@ -763,6 +762,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 #
 # import subprocess
 #
+# corpus.save(Path(scratch) / "corpus.safetensors")  # so that each process need not encode it
 # assert start("calm").wait() == 0
 # victim = start("killed")
 # while len(lines("killed")) < 18:
