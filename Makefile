@@ -18,7 +18,7 @@ export IPYTHONDIR := $(CURDIR)/$(VENV)/var/ipython
 export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/var/jupyter
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/var/matplotlib
 
-.PHONY: help book serve test sync run lint clean
+.PHONY: help book serve test sync run bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -53,6 +53,14 @@ sync: $(READY)  ## bring notebooks and modules together after an edit of either
 run: $(READY)  ## execute a chapter and store its outputs (CHAPTER=paper/attention)
 	@test -n "$(CHAPTER)" || { echo "Which one? For example: make run CHAPTER=paper/attention"; exit 2; }
 	@$(BIN)/python tools/run.py $(CHAPTER)
+
+$(VENV)/.bench: requirements-bench.txt $(READY)
+	$(PIP) install --quiet -r requirements.txt -r requirements-bench.txt
+	@touch $@
+
+# On a machine that does nothing else. BENCH="training --size small --rounds 3" measures less.
+bench: $(VENV)/.bench  ## measure speed against other libraries, into book/results (minutes)
+	@$(BIN)/python tools/bench.py $(BENCH)
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/mypy

@@ -3,7 +3,7 @@ r"""
 # BLEU
 
 One number for a thousand translations: derived on one sentence, equal to sacreBLEU's, with an interval that says how much of it is chance, and with
-the reasons why the paper's 28.4 cannot be compared with yours.
+the reasons why the paper's 28.4 is most likely on another scale than yours.
 """
 
 # %% [markdown]
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # translation does the reference have?
 #
 # One thing needs care. *green* stands twice in the translation and once in the reference. If both counted, then *the the the the* would be made of nothing but right words. So an n-gram counts at most
-# as often as the reference has it. That is called **clipping**.
+# as often as the reference has it. That is called **clipping** (not the clipping of gradients).
 
 # %%
 def n_grams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
@@ -94,8 +94,7 @@ def draw_matches(hypothesis: Sequence[str], reference: Sequence[str]) -> "Axes":
 #
 # ## Four shares, one number
 #
-# Call the four shares $p_1$ to $p_4$. BLEU takes their **geometric mean**, the fourth root of their product. The shares shrink as $n$ grows, and in a plain mean the first would drown the fourth. In a product, a
-# tenth more of any share is worth the same.
+# Call the four shares $p_1$ to $p_4$. BLEU takes their **geometric mean**, the fourth root of their product. The shares shrink as $n$ grows, and in a plain mean the first share would count far more than the fourth. In a product, making any share a tenth larger has the same effect.
 #
 # Something is still missing. The shares only ask about what was written. A system that writes *a small dog* and stops has four perfect shares. So BLEU has a **brevity penalty**: with $c$ tokens written where the references have $r$, a translation that is too short is multiplied by
 # $e^{1 - r/c}$. One that is too long needs no penalty, because its extra words lower the shares already.
@@ -204,8 +203,7 @@ def corpus_bleu(
 # assert largest < 1e-9
 
 # %% [markdown]
-# `smooth` is for small sets. If no 4-gram matches, the product is zero, however good the words are. sacreBLEU's default, "exp", then counts half a match, a quarter for the next such $n$, and so on {cite:p}`chen2014systematic`. A test set of a
-# thousand sentences never needs it. A single sentence nearly always does, and that is one reason not to score single sentences:
+# `smooth` is for small sets. If no 4-gram matches, the product is zero, however good the words are. sacreBLEU's default, "exp", then counts half a match, a quarter for the next such $n$, and so on {cite:p}`chen2014systematic`. A test set of a thousand sentences hardly ever needs it. A single sentence often does, and that is one reason not to score single sentences:
 
 # %% tags=["active-ipynb"]
 # pair = [["it", "rains", "here", "today"], ["a", "small", "dog", "runs", "over", "the", "grass"]]
@@ -362,7 +360,7 @@ def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 # print(f", chrF {corpus_chrf(ending[1:], ending[:1]):.1f}")
 
 # %% [markdown]
-# Two wrong endings take most of this sentence's BLEU, and little of its chrF. For languages with many endings chrF is the fairer of the two.
+# Two wrong endings take most of this sentence's BLEU, and a fifth of its chrF. For languages with many endings chrF can be the fairer of the two.
 #
 # ## Is the difference real?
 #
@@ -375,7 +373,7 @@ def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 # assert scores.min() < scores.max()
 
 # %% [markdown]
-# So a difference of half a BLEU can be luck, on a thousand sentences. There is a second kind of luck: which sentences are in the test set. Another thousand photographs would have given another score. We cannot have them. But we can draw a thousand sentences *from these, with replacement*, so that some
+# So a difference of half a BLEU can easily be luck, on a thousand sentences. There is a second kind of luck: which sentences are in the test set. Another thousand photographs would have given another score. We cannot have them. But we can draw a thousand sentences *from these, with replacement*, so that some
 # come twice and some not at all, and score that. Do it a thousand times, and the spread of the scores shows how much the choice matters. This is the **bootstrap**; {cite:t}`koehn2004statistical` brought it to translation.
 #
 # All that BLEU needs are ten numbers a sentence, so a new test set costs one sum:
@@ -417,7 +415,7 @@ def interval(scores: Tensor) -> tuple[float, float]:
 # %% [markdown]
 # That is the **95 % interval** of the score: 95 of 100 drawn test sets score inside. sacreBLEU draws other sentences, so its ends differ a little.
 #
-# Two intervals that overlap look like "no difference". Often that is wrong. Both systems translate the *same* sentences, and what is hard for one is hard for the other. So draw the sentences once for both, and look at the **difference**, set by set: the *paired* bootstrap. Our counts only need an axis for the system.
+# Two intervals that overlap look like "no difference". Often that is wrong. Both systems translate the *same* sentences, and for real systems what is hard for one is often hard for the other. So draw the sentences once for both, and look at the **difference**, set by set: the *paired* bootstrap. Our counts only need an axis for the system.
 #
 # Two cases. The system *same* is as good as the first, with its own errors. The system *worse* has the first one's errors and a few more.
 
@@ -442,7 +440,7 @@ def interval(scores: Tensor) -> tuple[float, float]:
 # ends = torch.linspace(drawn.min(), drawn.max(), 40).tolist()
 # for i, name in enumerate(systems):
 #     left.hist(drawn[:, i].tolist(), bins=ends, histtype="step", lw=1.6, label=name)
-# left.set(xlabel="BLEU on a drawn test set", ylabel="test sets of 1,000")
+# left.set(xlabel="BLEU on a drawn test set", ylabel="number of test sets")
 # left.legend()
 # differences = drawn - drawn[:, :1]
 # ends = torch.linspace(differences.min(), differences.max(), 60).tolist()
@@ -450,11 +448,11 @@ def interval(scores: Tensor) -> tuple[float, float]:
 # for i, name in ((1, "same"), (2, "worse")):
 #     right.hist(differences[:, i].tolist(), color=figures.COLORS[i], label=name, **style)
 # right.axvline(0, color="black", lw=1)
-# right.set(xlabel="BLEU minus that of first", ylabel="test sets of 1,000")
+# right.set(xlabel="BLEU minus that of first", ylabel="number of test sets")
 # right.legend();
 
 # %% [markdown]
-# On the left of {numref}`fig-bleu-bootstrap`, three hills that overlap: no single score tells these systems apart. On the right, the differences. *Worse* is below zero in nearly every drawn set, though its score is within the other's interval. *Same* lies on both sides. The question with pairs is the
+# On the left of {numref}`fig-bleu-bootstrap`, three hills that overlap: no single score tells these systems apart. On the right, the differences. *Worse* is below zero in every one of the drawn sets, though its score is within the other's interval. *Same* lies on both sides. The question with pairs is the
 # one to ask. sacreBLEU has a paired test too. It centres the differences as an older script did, so its p-value is not our share. The verdicts agree:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
@@ -493,7 +491,7 @@ def interval(scores: Tensor) -> tuple[float, float]:
 #     print(f"{name:17} {table[name]:.2f}   {' '.join(tokens_of_it)}")
 # assert table["none"] < table["13a"] < table["char"]
 
-# %% mystnb={"figure": {"caption": "The same translations have five scores. The one of characters is far above the rest.", "name": "fig-bleu-cuts"}, "image": {"alt": "Five bars of BLEU: four of similar height for tokens that are words, and a much higher one for tokens that are characters."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "The same translations, prepared in five ways, have four different scores. The one of characters is far above the rest.", "name": "fig-bleu-cuts"}, "image": {"alt": "Five bars of BLEU: four of similar height for tokens that are words, and a much higher one for tokens that are characters."}} tags=["active-ipynb", "nbval-ignore-output"]
 # fig, ax = plt.subplots(figsize=(7.2, 2.2))
 # bars = ax.barh(list(table), list(table.values()))
 # ax.bar_label(bars, fmt="%.1f", padding=4)
@@ -612,7 +610,7 @@ def evaluate_translations(
 # %% [markdown]
 # Three scores, each with a **signature**: how many references, whether upper and lower case differ, the tokenizer, the smoothing, the version. Copy it with the score.
 #
-# Now `check_pairs`. Lose a line of the output, and each later translation stands beside the wrong reference. Lose it at the *end*, and sacreBLEU says nothing at all:
+# Now `check_pairs`. Lose a line of either side, and each later translation stands beside the wrong reference. If the last *reference* is lost, sacreBLEU says nothing at all: here it does not count the nonsense, and gives 100.
 
 # %% tags=["active-ipynb"]
 # two, one = ["A dog runs over the grass.", "Nonsense."], ["A dog runs over the grass."]
@@ -671,14 +669,14 @@ def split_hyphens(tokens: Sequence[str]) -> list[str]:
 #
 # In 2013, whose marks are straight, the script gives little more than `13a`. In 2014 it gives a point and a half.
 #
-# And {cite:t}`ott2018scaling` give both for one model: 29.3 with split compounds, 28.6 by sacreBLEU. So the paper's 28.4 belongs to the last row of the table, not to the first. Beside a sacreBLEU score it compares two ways of counting, not two models.
+# And {cite:t}`ott2018scaling` give both for one model: 29.3 with split compounds, 28.6 by sacreBLEU. So the paper's 28.4 was most likely counted as in the last row, not as in the first. Whoever puts it beside a sacreBLEU score compares two ways of counting, and not only two models.
 #
 # BLEU is old and crude, and its faults are well documented {cite:p}`callison2006reevaluating,mathur2020tangled`. Metrics with a neural network inside agree better with human judges {cite:p}`rei2020comet`. But they are models themselves, of gigabytes, and their numbers move with their versions. For the question of this part, whether we reach what others reached, BLEU is the scale that they used.
 #
 # ## How it breaks
 #
 # - *Translations and references out of step.* The score is near zero although the text reads well. Print three lines from the end.
-# - *Tokens scored as text.* A space before each full stop. sacreBLEU warns when a hundred lines end so. The score is off by a little, which is worse than by a lot.
+# - *Tokens scored as text.* A space before each full stop. sacreBLEU warns when a hundred lines end so. The score is wrong by a little, and a small error is harder to notice.
 # - *References that went through your own script.* The score is too good. References are read from the file and touched by nobody.
 # - *Scores without a signature.* They cannot be compared, with anyone's. Print it.
 # - *The mean of sentence scores, or of batch scores.* Neither is BLEU. Sum the counts, and divide at the end.
@@ -689,7 +687,7 @@ def split_hyphens(tokens: Sequence[str]) -> list[str]:
 # - BLEU is the geometric mean of four clipped shares, times a penalty for brevity {eq}`eq-bleu`. Ten sums over the test set are all it needs.
 # - A score needs its test set, its signature and its ceiling.
 # - On a thousand sentences the interval is more than a point wide on each side. Compare two systems in pairs.
-# - The paper's 28.4 is on another scale than sacreBLEU's.
+# - The paper's 28.4 is most likely on another scale than sacreBLEU's.
 #
 # ## Exercises
 
@@ -738,7 +736,7 @@ def split_hyphens(tokens: Sequence[str]) -> list[str]:
 # check("22.3", answer)
 
 # %% [markdown]
-# **Exercise 22.4.** The interval of a score on 1,000 sentences is 1.2 BLEU to each side. About how many sentences would it take for 0.6?
+# **Exercise 22.4.** An interval shrinks with the square root of the number of sentences. That of a score on 1,000 sentences is 1.2 BLEU to each side. About how many sentences would it take for 0.6?
 
 # %% tags=["active-ipynb"]
 # answer = ...

@@ -7,7 +7,7 @@ reads it so that no damage goes unnoticed, and averages several into one better 
 """
 
 # %% [markdown]
-# The next chapter trains for hours. Hours are long enough for a power cut, a full disk, or a colleague who needs the machine. What we have then is what lies on the disk. So before the loop, the disk.
+# The next chapter builds a loop for runs of hours. Hours are long enough for a power cut, a full disk, or a colleague who needs the machine. What we have then is what lies on the disk. So before the loop, the disk.
 
 # %% mystnb={"figure": {"caption": "Chapter 18 of Part II: what remains on the disk.", "name": "fig-map-checkpoints"}, "image": {"alt": "Thirteen boxes in a row, one a chapter. The seventh, Checkpoints, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -60,7 +60,7 @@ from transformer_annotated.paper.transformer import Config, Transformer
 #     print("neither the old weights nor the new ones:", error)
 
 # %% [markdown]
-# The old model was given up before the new one was there. At least we were told. The second way is silent. One bit of the file changes: a bad cable, a tired disk.
+# The old model was given up before the new one was there. At least we were told. The second way is silent. One bit of the file changes: a bad cable, an old disk.
 
 # %% tags=["active-ipynb"]
 # data = bytearray(new)
@@ -75,7 +75,7 @@ from transformer_annotated.paper.transformer import Config, Transformer
 #
 # ## Whole or absent
 #
-# A **rename** is something that a file system does at once. Now the name is not there, now it is, with all that belongs to it, and there is no moment in between. So we write everything under another name, and rename at the very end.
+# A **rename** is something that a file system does at once. Before it the name does not exist. After it the name exists, with the whole content. There is no moment in between. So we write everything under another name, and rename at the very end.
 #
 # Two details matter. The other name must be in the same folder: a rename to another disk is a copy, and a copy takes time. And a file that is written is at first only in memory. The operating system puts it on the disk when it likes, possibly *after* the rename {cite:p}`pillai2014all`. `fsync` waits until the disk has it.
 
@@ -99,7 +99,7 @@ class CheckpointError(ValueError):
         return f"{self.path}: {self.reason}"
 
 # %% [markdown]
-# One kind of error for everything that can be wrong with a checkpoint, with the path and the reason apart. Whoever catches it need not know which library stumbled.
+# One kind of error for everything that can be wrong with a checkpoint, with the path and the reason apart. Whoever catches it need not know which library failed.
 
 # %%
 def fsync(path: Path) -> None:
@@ -177,10 +177,10 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
 # | `model.safetensors` | the weights | everyone |
 # | `state.json` | step, config, counters | everyone |
 # | `tokenizer.json` | how text becomes ids | everyone |
-# | `training.safetensors` | the optimiser's moments, random states | who goes on training |
+# | `training.safetensors` | the optimiser's two running means (its *moments*, Chapter 16) | who goes on training |
 # | `SHA256SUMS` | a sum for each file above | who checks |
 #
-# No file holds a pickle. A pickle is a program that rebuilds an object, so reading one means running it. A `safetensors` file is a header of JSON, with names, shapes and offsets, and then the numbers.
+# PyTorch's own `torch.save` writes a *pickle*: a program that rebuilds an object, so reading one means running it. No file here holds one. A pickle is a program that rebuilds an object, so reading one means running it. A `safetensors` file is a header of JSON, with names, shapes and offsets, and then the numbers.
 
 # %%
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -225,7 +225,7 @@ def as_json(name: str, value: Any) -> bytes:
 #         print(error)
 
 # %% [markdown]
-# The same thought, for the weights. A checkpoint that cannot be loaded should not be written. `skeleton` builds the config's model on the device `meta`, where tensors have a shape and no numbers, and `differences` compares. This finds a wrong vocabulary. It also finds a model that still wears a wrapper, whose names all begin with `module.` or `_orig_mod.`.
+# The same thought, for the weights. A checkpoint that cannot be loaded should not be written. `skeleton` builds the config's model on the device `meta`, where tensors have a shape and no numbers, and `differences` compares. This finds a wrong vocabulary. It also finds a model inside a wrapper: `DistributedDataParallel` (Chapter 19) puts `module.` before every name, `torch.compile` puts `_orig_mod.`.
 
 # %%
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -295,8 +295,7 @@ def save_checkpoint(
         tokenizer_json: the tokenizer, as JSON text.
         state: what else it takes to go on, as JSON values: counters, options, the best score. A
             tuple comes back as a list.
-        training: tensors that only going on needs: the optimizer's moments, the states of the
-            random generators. None for a checkpoint that is only used.
+        training: tensors that only going on needs, such as the optimizer's moments. None for a checkpoint that is only used.
         keep: how many checkpoints stay, at least 2.
 
     Raises:
@@ -324,7 +323,7 @@ def save_checkpoint(
     return path
 
 # %% [markdown]
-# What is kept? The new checkpoint and the `keep - 1` before it, never fewer than two. While one is being written another must be whole, and if a disk has damaged the newest, there is something to fall back on. Later steps of an abandoned run are left alone: they are not older.
+# What is kept? The new checkpoint and the `keep - 1` before it, never fewer than two. While one is being written another must be whole, and if a disk has damaged the newest, there is something to fall back on. Checkpoints with more steps, left by a run that was given up, are not deleted: they are not older.
 
 # %%
 NAME = re.compile(r"step-(\d{8,})(\.old)?")
@@ -475,11 +474,11 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
 # ax.grid(False, axis="y");
 
 # %% [markdown]
-# Read {numref}`fig-save` from left to right. The new checkpoint grows in grey, under a name that begins with a dot. At the rename it becomes blue all at once. Only then does the oldest one go, and it goes grey before it goes away.
+# Read {numref}`fig-save` from left to right. The new checkpoint grows in grey, under a name that begins with a dot. At the rename this row ends, and the blue row of its final name begins. Only then does the oldest one lose its name, and its files are deleted under a hidden one.
 #
 # ## Checked
 #
-# Reading starts with `SHA256SUMS`. A **hash** such as SHA-256 makes 256 bits of any number of bytes. If one bit of the input changes, about half of them do. What was checked is what is parsed: `read_verified` returns the bytes themselves. If it read the file a second time, the file could be another one by then.
+# Reading starts with `SHA256SUMS`. A **hash** such as SHA-256 makes 256 bits of any number of bytes. If one bit of the input changes, about half of the 256 bits change. What was checked is what is parsed: `read_verified` returns the bytes themselves. If the file were read again for parsing, it could have changed by then.
 
 # %%
 def read_verified(path: Path, digest: str) -> bytes:
@@ -600,7 +599,7 @@ def load_checkpoint(path: Path | str, *, training: bool = False) -> Checkpoint:
         raise CheckpointError(path, f"not understood: {error}") from error
 
 # %% [markdown]
-# The first proof: what comes back is equal, to the bit, and translates equally.
+# The first proof: what comes back is equal, to the bit, and gives the same logits.
 
 # %% tags=["active-ipynb"]
 # checkpoint = load_checkpoint(path)
@@ -732,14 +731,13 @@ def kill_while_saving(folder: Path, repeats: int, *, whole: bool) -> int:
 #     text=True,
 #     check=True,
 # )
-# (over_one_file, _), (whole_or_absent_lost, left) = (
+# (over_one_file, _), (whole_or_absent_lost, _) = (
 #     map(int, line.split()) for line in done.stdout.splitlines()
 # )
 # print(f"killed {repeats} times while writing over one file: unreadable {over_one_file} times")
 # print(
 #     f"killed {repeats} times in save_checkpoint:          unreadable {whole_or_absent_lost} times"
 # )
-# print(f"hidden folders left behind by the last kill: {left}")
 # assert whole_or_absent_lost == 0
 
 # %% [markdown]
@@ -819,7 +817,7 @@ def average_checkpoints(paths: Sequence[Path | str]) -> dict[str, Tensor]:
 # %% [markdown]
 # The sum is in 64 bits, so that twenty models can be summed and only the result is rounded. Checkpoints of different runs are refused as far as that can be seen: another config, another tokenizer. Two runs with different seeds cannot be told apart here, and their mean is useless.
 #
-# Try it on the small language of Chapter 9. The learning rate stays constant, so that the weights keep moving. A checkpoint is saved every 20 steps.
+# Try it on the small language of Chapter 9. After a rise over 100 steps the learning rate stays constant, so that the weights keep moving. A checkpoint is saved every 20 steps.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from itertools import islice
@@ -884,7 +882,7 @@ def average_checkpoints(paths: Sequence[Path | str]) -> dict[str, Tensor]:
 # if full:
 #     assert averaged[4] < min(single)
 
-# %% mystnb={"figure": {"caption": "Single checkpoints jump up and down; the mean of several lies below all of them.", "name": "fig-average"}, "image": {"alt": "Loss on unseen sentences over the steps. Ten scattered dots, one a checkpoint, and two horizontal lines below them, the means of five and of ten."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Single checkpoints jump up and down and slowly improve; the mean of several lies below all of them.", "name": "fig-average"}, "image": {"alt": "Loss on unseen sentences over the steps. Ten scattered dots, one a checkpoint, and two horizontal lines below them, the means of five and of ten."}} tags=["active-ipynb", "nbval-ignore-output"]
 # fig, ax = plt.subplots(figsize=(7.2, 2.6))
 # steps = [load_checkpoint(path).step for path in paths]
 # ax.plot(steps, single, "o", label="single checkpoints")
@@ -894,9 +892,9 @@ def average_checkpoints(paths: Sequence[Path | str]) -> dict[str, Tensor]:
 # ax.legend();
 
 # %% [markdown]
-# In {numref}`fig-average` no single checkpoint is as good as the mean. Not every run gains that much. When the learning rate has fallen to zero, as in Chapter 10, the readings are all alike, and there is little left to average.
+# In {numref}`fig-average` no single checkpoint is as good as the mean. The dots jump, and they also fall, for the model is still learning; so a mean that takes in older and worse weights need not be the best. (A number of checkpoints chosen on these very sentences would be chosen too well. Do not do that on a test set.) Not every run gains that much. When the learning rate has fallen to zero, as in Chapter 10, the readings are all alike, and there is little left to average.
 #
-# The idea is older than the Transformer. Averaging the path of a stochastic search has a theory {cite:p}`polyak1992acceleration`, and for deep networks it was found to lead to flatter places in the landscape of the loss {cite:p}`izmailov2018averaging`.
+# The idea is older than the Transformer. Averaging the path of a stochastic search has a theory {cite:p}`polyak1992acceleration`, and for deep networks it was found to lead to places where the loss changes little when the weights change a little {cite:p}`izmailov2018averaging`.
 #
 # ## What the paper did
 #
@@ -914,12 +912,12 @@ def average_checkpoints(paths: Sequence[Path | str]) -> dict[str, Tensor]:
 # - *A temporary file in `/tmp`.* That may be another disk. Then the rename fails, or copies.
 # - *`strict=False`.* Weights that were not loaded keep their random values. The model is worse than it was, and no message says so.
 # - *The wrong tokenizer.* Every id is valid and means another word. The output is fluent nonsense. So the tokenizer travels with the weights, and `check_tokenizer` compares sums.
-# - *Only the weights were saved.* The optimiser starts again with moments of zero, and the loss jumps at the resume. The next chapter makes that exact.
+# - *Only the weights were saved.* The optimiser starts again with moments of zero, and the running means start empty. The next chapter resumes exactly.
 #
 # ## Takeaways
 #
 # - Write beside, `fsync`, rename, `fsync` the folder, and only then delete.
-# - Keep at least two. A damaged one is passed over aloud; when all are damaged, that is an error.
+# - Keep at least two. A damaged one is passed over with a warning; when all are damaged, that is an error.
 # - Formats check their form, not their numbers. A sum over the bytes checks both.
 # - The mean of the last few checkpoints {eq}`eq-average` can be better than each of them, and costs nothing at translation time.
 #

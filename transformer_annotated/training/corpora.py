@@ -7,7 +7,7 @@ text of the paper. Files are fetched with care, and a line stays beside its tran
 """
 
 # %% [markdown]
-# Part I ended with one corpus and a few lines to read it. Part II trains on four, up to the 4.5 million pairs that the paper had. At that size nobody reads the data through,
+# Part I ended with one corpus and a few lines to read it. Part II can open four, up to the 4.5 million pairs that the paper had. At that size nobody reads the data through,
 # so a fault in it goes unseen: the loss falls a little less far, and no message says why.
 #
 # This chapter is about the faults. Each has a small example that you can run.
@@ -64,7 +64,7 @@ Pair = tuple[str, str]
 
 # %% [markdown]
 # *spät* is now the translation of *She left*. The character between *kam* and *spät* is U+2028. Unicode calls it a line separator. It is one of eight characters that end a line for `splitlines`,
-# besides `\n` and `\r`. In a corpus it is only dirt inside a sentence. From there on every pair is wrong, and `zip` drops what is left over at the end.
+# besides `\n` and `\r`: `\x0b`, `\x0c`, `\x1c`, `\x1d`, `\x1e`, `\x85`, `\u2028` and `\u2029`. In a corpus it is only dirt inside a sentence. From there on every pair is wrong, and `zip` drops what is left over at the end.
 #
 # So: only the byte `\n` ends a line. A binary file in Python is cut in just this way, one line at a time, so a file of two gigabytes needs no more memory than its longest line. Three more habits of files are dealt with in the same
 # place. Some begin with a byte-order mark, three bytes that would stick to the first word. Some come from Windows and end each line with `\r\n`. And some hold bytes that are not UTF-8: those are an error with file, line and byte, because a guess would
@@ -116,7 +116,7 @@ def lines(path: Path) -> Iterator[str]:
 #     print(error)
 
 # %% [markdown]
-# Does this happen in real files? The German side of newstest2009, a test set of the Workshop on Machine Translation, has U+0085 where an ellipsis was meant: in a code of Windows, byte 85 is an ellipsis.
+# Does this happen in real files? The German side of newstest2009, a test set of the Workshop on Machine Translation (WMT), has U+0085 where an ellipsis was meant: in a code of Windows, byte 85 is an ellipsis.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # path = data_directory() / "wmt-news" / "newstest2009.de.gz"
@@ -190,7 +190,7 @@ def draw_way() -> "Figure":
         ax.text(2 * i + 1.6, 0.68, text, ha="center", va="bottom", fontsize=7.5)
     back = arrow | {"connectionstyle": "arc3,rad=-0.3", "color": figures.COLORS[1]}
     ax.annotate("", (0.7, -0.12), (2.5, -0.12), arrowprops=back)
-    ax.text(1.6, -0.78, "broken: go on from here", ha="center", color=figures.COLORS[1], fontsize=8)
+    ax.text(1.6, -0.78, "broken: ask for the rest", ha="center", color=figures.COLORS[1], fontsize=8)
     ax.set(xlim=(-0.2, 9.4), ylim=(-0.9, 1.2))
     ax.axis("off")
     return figure
@@ -451,7 +451,7 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 # %% [markdown]
-# `fetch` puts the steps together. A broken connection is taken up again, five times at most. A part that was begun by an earlier run may itself be at fault, so a wrong sum is given one more try from the first byte. What fails for good leaves nothing under the file's name, and the message says which
+# `fetch` puts the steps together. A broken connection is taken up again; there are five attempts at most. A part that was begun by an earlier run may itself be at fault, so a wrong sum is given one more try from the first byte. What fails in the end leaves nothing under the file's name, and the message says which
 # file to put where by hand.
 
 # %%
@@ -526,7 +526,7 @@ def unreachable(remote: Remote, place: Path, cause: Exception | None) -> OSError
 # %% [markdown]
 # Nobody listens at that address, and the message says what you can do about it.
 #
-# ## Archives are letters from strangers
+# ## Archives can be hostile
 #
 # The paper's data come as archives: many files in one. An archive says where each file is to be written, and it can say `../../home/you/.profile`. Python's `extractall` did as it was told, until version 3.14.
 # An archive can also unpack to a thousand times its size and fill the disk.
@@ -658,7 +658,7 @@ def obtain(remote: Remote, progress: bool = True) -> list[Path]:
         return at_hand(remote) or unpack(archive, remote.members, folder)
 
 # %% [markdown]
-# `obtain` is the only function that the corpora below call. It gives back paths of checked files, whatever that took.
+# The corpora below get their files from `obtain`. A file is checked when it is downloaded or found; texts that were unpacked earlier are taken as they are.
 #
 # ## One interface
 #
@@ -745,7 +745,7 @@ def open_toy(source: str, target: str) -> ParallelCorpus:
 # %% [markdown]
 # ### Captions
 #
-# Files with a sentence in each line are read by `lines`. WMT's test sets, below, have a kind of markup instead, one sentence in each `<seg>`; `segments` reads it as sacreBLEU does, to the letter. `sentences` chooses between the two, so that one reader serves both corpora.
+# Files with a sentence in each line are read by `lines`. WMT's test sets, below, have a kind of markup instead, one sentence in each `<seg>`; `segments` reads it as sacreBLEU does, exactly. `sentences` chooses between the two, so that one reader serves both corpora.
 
 # %%
 def segments(path: Path) -> Iterator[str]:
@@ -1107,7 +1107,7 @@ def open_corpus(name: str, source: str = "de", target: str = "en") -> ParallelCo
 #         print(f"{name:9}{language}-en  {split:7}{len(pairs):9,}{cells}")
 
 # %% [markdown]
-# In the captions and in the news German needs fewer words than English for the same thing, since it writes compounds as one. French needs more. The words of the small language are too simple for compounds.
+# In the captions and in the news German needs fewer words than English for the same thing, since it writes compounds as one. French needs more. In the everyday sentences the two are about equal. The small language has no compounds, and its German comma counts as a word, so its German is a little longer.
 
 # %% tags=["hide-input"]
 def draw_lengths(lengths: Mapping[str, Sequence[int]], longest: int = 60) -> "Figure":
@@ -1134,7 +1134,7 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]], longest: int = 60) -> "Fi
 # );
 
 # %% [markdown]
-# {numref}`fig-corpora-lengths` has one line a corpus. The toy's two humps are sentences of one and two clauses. Captions lie close together, everyday sentences are shorter still, and news go on for fifty words and more. The widths matter in Chapter 14, where
+# {numref}`fig-corpora-lengths` has one line a corpus. The toy's two humps are sentences of one and two clauses. Everyday sentences are the shortest. Captions are longer. News sentences spread widest, up to 45 words and a few beyond. The axis ends at 60. The widths matter in Chapter 14, where
 # sentences of similar length share a batch.
 #
 # ## Duplicates and leaks
@@ -1165,7 +1165,7 @@ def overlap(pairs: Sequence[Pair], train: Sequence[Pair]) -> tuple[int, int, int
 #             assert overlap(loaded[name, "de", split], loaded[name, "de", "train"]) == (0, 0, 0)
 
 # %% [markdown]
-# The small language and Tatoeba are clean by construction. Multi30k was split by photograph, which is nearly as good: now and then two photographs got the same caption. We leave its splits as published, so that scores can be compared, and the table says what that costs.
+# The first column counts the lines of the training set that repeat an earlier one. The others count test or validation sentences that are also in training. There the small language and Tatoeba have zeros, by construction. Multi30k was split by photograph, which is nearly as good: now and then two photographs got the same caption. We leave its splits as published, so that scores can be compared, and the table says what that costs.
 #
 # ## Who owns the sentences?
 #
@@ -1186,18 +1186,18 @@ def overlap(pairs: Sequence[Pair], train: Sequence[Pair]) -> tuple[int, int, int
 #
 # ## How it breaks
 #
-# - *Lines have slipped.* The loss stops near the level of word frequencies. Print a few pairs from the **end** of the file; counts alone are not enough, since a cut too many may meet a blank line too many.
+# - *Lines have slipped.* The loss stops near that of a model that knows only how frequent each word is. Print a few pairs from the **end** of the file; equal counts are not enough: one side may be cut once too often while the other has one line more.
 # - *The test was in training.* The score is too good. `overlap` takes a second.
 # - *Half a file under the right name.* The corpus is smaller than the table says. Compare sums.
 # - *A renewed file.* Scores of two people differ although nothing did. Compare sums.
-# - *The wrong letters.* `Ã¼` in a translation is `ü` read as Latin-1. Search the vocabulary for `Ã`.
+# - *The wrong letters.* `Ã¼` in a translation is `ü` read as Latin-1. Search the text of the corpus for `Ã`, not the vocabulary: Chapter 13 writes bytes in this way on purpose.
 #
 # ## Takeaways
 #
 # - Only `\n` ends a line, and a pair is dropped whole or not at all.
 # - A file is fetched under another name, checked, written out, and renamed last.
 # - Lines that share a sentence belong to the same split; equation {eq}`eq-leak` says what happens otherwise.
-# - `open_corpus(name, source, target)` hides all of this. The next chapter reads `pairs` and nothing else.
+# - `open_corpus(name, source, target)` hides all of this. The next chapter uses `pairs`, `stream` and `splits`, and opens no corpus file itself.
 #
 # ## Exercises
 
@@ -1205,7 +1205,7 @@ def overlap(pairs: Sequence[Pair], train: Sequence[Pair]) -> tuple[int, int, int
 # from transformer_annotated.book import check
 
 # %% [markdown]
-# **Exercise 12.1.** A sentence has three translations, each on its own line. A tenth of all lines is drawn for the test, and one of the three is among them. How likely is it that training has the sentence, too?
+# **Exercise 12.1.** A sentence has three translations, each on its own line. A tenth of all lines is drawn for the test, and one of the three is among them: it is in the test. How likely is it that training has the sentence, too?
 
 # %% tags=["active-ipynb"]
 # answer = ...

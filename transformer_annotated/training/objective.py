@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # \mathcal{L} = -\sum_w q(w) \ln p(w), \qquad q(w) = (1 - \epsilon)\,[w = y] + \frac{\epsilon}{V}.
 # $$ (eq-objective)
 #
-# Section 5.4 of the paper uses $\epsilon_{ls} = 0.1$ {cite:p}`vaswani2017attention`, after {cite:t}`szegedy2016rethinking`. The sum over $w$ is a mean of $\ln p$, so the code needs no table of $q$. It returns two numbers. The loss is what training lowers. **nll**, for *negative log-likelihood*, is the plain
+# Section 5.4 of the paper uses $\epsilon_{ls} = 0.1$ {cite:p}`vaswani2017attention`, after {cite:t}`szegedy2016rethinking`. The part of the sum with $\epsilon / V$ is $\epsilon$ times the mean of $\ln p$, so the code needs no table of $q$. It returns two numbers. The loss is what training lowers. **nll**, for *negative log-likelihood*, is the plain
 # $-\ln p(y)$, to be reported.
 
 # %%
@@ -77,7 +77,7 @@ def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, 
     return (1 - smoothing) * nll + smoothing * spread, nll.detach()
 
 # %% [markdown]
-# PyTorch's own, in value and gradient:
+# The same as PyTorch's own function, in value and gradient:
 
 # %% tags=["active-ipynb"]
 # import torch.nn.functional as F
@@ -128,7 +128,7 @@ def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, 
 #     )
 
 # %% [markdown]
-# Never compare a smoothed loss with a plain one, nor across vocabularies. Compare nll. {cite:t}`muller2019label` study what else smoothing changes inside a model.
+# Never compare a smoothed loss with a plain one. Compare nll. Across vocabularies not even nll per token can be compared, because the tokens differ. {cite:t}`muller2019label` study what else smoothing changes inside a model.
 #
 # ## Sums first, division last
 #
@@ -140,7 +140,7 @@ def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, 
 # print(f"mean of the two means {(few.mean() + many.mean()) / 2:.2f}")
 
 # %% [markdown]
-# The second line is far too high: two words got half of the say. The cure: keep *sums*, and divide once, by the number of words in all micro-batches together:
+# The second line is far too high: two words count as much as the other 98. The cure: keep *sums*, and divide once, by the number of words in all micro-batches together:
 #
 # $$
 # \mathcal{L} = \frac{1}{n_1 + \dots + n_M} \sum_{m=1}^{M} \sum_{i=1}^{n_m} \mathcal{L}_{m,i}
@@ -246,7 +246,7 @@ def accumulate(objective: Objective, model: Transformer, batches: Sequence[Batch
 # print(f"the weight    {V * D * 4 / 1e9:.2f} GB")
 
 # %% [markdown]
-# Plain training holds them several times over: the logits, their logarithms after the softmax, the gradients of both. Everything else in this table is small. Yet the result is one number.
+# Plain training holds several tables of this size at the same time, among them the logarithms after the softmax and gradients. The measurement below shows about three. Everything else in this table is small. Yet the result is one number.
 #
 # Can the logits be made a piece at a time, as in this picture?
 
@@ -280,7 +280,7 @@ def draw_chunks(n: float = 2.5, d: float = 0.8, v: float = 3.7, chunk: float = 0
 # draw_chunks();
 
 # %% [markdown]
-# The areas in {numref}`fig-chunks` are in the proportions of the table, apart from $D$, which would be too thin to see. The loss is a sum over tokens, so the forward pass is easy: some hundred tokens, their logits, their loss, next. But autograd would keep each piece for the backward pass, and all would be there again. Unless the gradient is computed *at once*, while the piece is there. For a sum that is possible: the slope of the loss for a token's logits needs
+# The areas in {numref}`fig-chunks` show $n$ and $V$ in proportion. $D$ is drawn much wider than it is. The loss is a sum over tokens, so the forward pass is easy: some hundred tokens, their logits, their loss, next. But autograd would keep each piece for the backward pass, and all logits would be in memory again. The way out is to compute the gradient *at once*, while the piece is there. For a sum that is possible: the slope of the loss for a token's logits needs
 # nothing from other tokens. By {eq}`eq-objective` it is, with vectors $h$ and weight $W$,
 #
 # $$
@@ -314,7 +314,7 @@ def smoothed_slope_(logits: Tensor, target: Tensor, smoothing: float) -> tuple[T
 # print("equal to autograd; the slopes of each token sum to zero")
 
 # %% [markdown]
-# The slopes of a token sum to zero: what the right word gains, the others lose.
+# The slopes of a token sum to zero: what some words gain, the others lose.
 #
 # Now the pieces. A loss may want to see more than one vector of logits for a token (R-Drop will want two), so we say only what a loss must offer, and call it a `Rule`.
 
@@ -406,7 +406,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 # %% [markdown]
 # `d_part` is a window into `dx`: the product is written straight to its place. And `add_product` adds into the weight's gradient without a second matrix of that size, where the precisions agree.
 #
-# `head_loss` decides which way a model's head goes. A `Head` of Chapter 7 is linear, with a scale and perhaps a bias. Any other head, such as one with a soft cap, has a slope that we have not written down. Then each chunk is computed twice: once for the loss, and again when its gradient is wanted. PyTorch's `checkpoint` does that {cite:p}`chen2016training`.
+# `head_loss` chooses between two ways. A `Head` of Chapter 7 is linear, with a scale and perhaps a bias. Any other head, such as one with a soft cap, has a slope that we have not written down. Then each chunk is computed twice: once for the loss, and again when its gradient is wanted. PyTorch's `checkpoint` does that {cite:p}`chen2016training`.
 
 # %%
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 2048}
@@ -598,7 +598,7 @@ class CrossEntropy:
 # ax.legend();
 
 # %% [markdown]
-# The level of the flat line in {numref}`fig-memory` is Python, PyTorch, the weight and its gradient. Each further token costs it nothing that can be seen.
+# The level of the flat line in {numref}`fig-memory` is Python, PyTorch, the weight (here with $D = 64$), its gradient, and one chunk of logits with its log-probabilities. The peak never falls, so the first plain line only says that 256 tokens need no more than the chunks did; the lines after it show the growth. Each further token costs the chunked way nothing that can be seen.
 #
 # Is it slower? At sizes of Multi30k, with the clock of the processor and one thread, forward and backward, medians of interleaved runs:
 
@@ -630,13 +630,13 @@ class CrossEntropy:
 #     assert median(seconds["chunks of 256"]) < median(seconds["plain"])
 
 # %% [markdown]
-# Chunks are *faster*. Even one chunk of all tokens beats the plain way, for its slope is written over the logits and not beside them. Smaller chunks gain a little more: their memory is used again and again, while it is near the processor. Very small ones lose, since each of them goes through the whole gradient of the weight. 256 tokens are the default on a CPU.
+# From 128 tokens on, chunks are *faster* than the plain way. Even one chunk of all tokens beats the plain way, for its slope is written over the logits and not beside them. Smaller chunks gain a little more, probably because their memory is used again and again while it is near the processor. Chunks of 32 tokens are slower, since each of them goes through the whole gradient of the weight. 256 tokens are the default on a CPU.
 #
-# The same idea is at work in today's kernels for language models {cite:p}`hsu2024liger,wijmans2025cut`.
+# Today's kernels for language models use the same idea {cite:p}`hsu2024liger,wijmans2025cut`.
 #
 # ## Two passes that agree
 #
-# Dropout makes a different network of the model in every pass. In two passes over the same sentence, the probabilities $p_1$ and $p_2$ differ. **R-Drop** {cite:p}`liang2021rdrop` makes both right, and punishes the difference. The measure is the *Kullback-Leibler divergence*, $\mathrm{KL}(p_1 \| p_2) = \sum_w p_1(w) \ln \frac{p_1(w)}{p_2(w)}$: zero if the two are equal, positive if not. It has a direction, so both directions are taken:
+# Dropout makes a different network of the model in every pass. In two passes over the same sentence, the probabilities $p_1$ and $p_2$ differ. **R-Drop** {cite:p}`liang2021rdrop` trains both to be right, and adds the difference to the loss. The measure is the *Kullback-Leibler divergence*, $\mathrm{KL}(p_1 \| p_2) = \sum_w p_1(w) \ln \frac{p_1(w)}{p_2(w)}$: zero if the two are equal, positive if not. It has a direction, so both directions are taken:
 #
 # $$
 # \mathcal{L} = \frac{\mathcal{L}_1 + \mathcal{L}_2}{2} + \frac{\alpha}{4} \bigl( \mathrm{KL}(p_1 \| p_2) + \mathrm{KL}(p_2 \| p_1) \bigr)
@@ -761,7 +761,7 @@ class RDrop:
 #
 # ## Nothing to predict, and other cases
 #
-# A batch may have no real target at all, on a process that got only filler for example. The mean of no numbers is not a number, and one NaN destroys every weight. The sum of no numbers is 0, with a gradient of 0:
+# If a batch is divided among several processes, one of them may get only filler. Then there is no real target at all. The mean of no numbers is not a number, and one NaN destroys every weight. The sum of no numbers is 0, with a gradient of 0:
 
 # %% tags=["active-ipynb"]
 # nothing = F.cross_entropy(torch.zeros(2, 5), torch.tensor([0, 0]), ignore_index=0)
@@ -798,7 +798,7 @@ class RDrop:
 # |---|---|---|
 # | label smoothing | 0.1 (section 5.4) | `CrossEntropy(0.1)` |
 # | batch | about 25,000 target tokens (section 5.1) | sums over all micro-batches of a step |
-# | logits | all at once, as far as it says | in chunks |
+# | logits | not described | in chunks |
 # | R-Drop | came four years later; $\alpha = 5$ in its authors' published commands for translation | `RDrop(5.0)` |
 #
 # ## How it breaks

@@ -191,7 +191,7 @@ def train_words(
 # print(f"{corpus.name}: {len(train_text):,} pairs to train on, {len(test_text):,} to test on")
 
 # %% [markdown]
-# One list a language, of the words seen at least twice in training. How many words of the test set are in none?
+# One list a language, of the words seen at least twice in training. How many words of the test set are missing from the list of their language?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # languages = {"German": ("de", 0), "English": ("en", 1)}
@@ -207,12 +207,12 @@ def train_words(
 #     )
 
 # %% [markdown]
-# A few per cent sounds harmless. The last column does not: a sentence has a dozen words, so a large part of the German sentences have a hole.
+# A few per cent sounds harmless. The second percentage does not: a sentence has a dozen words, so a large part of the German sentences have a hole.
 #
 # ## Counting pairs
 #
 # Take four words and how often each was seen, an example of {cite:t}`sennrich2016neural`: *low* 5 times, *lower* 2, *newest* 6, *widest* 3. Cut each into characters. Which two neighbours
-# stand together most often? *e* and *s*: six times in *newest* and three in *widest*, nine in all. Join them to a new piece, *es*. Count again: *es* and *t*, nine. Then *l* and *o*, seven.
+# stand together most often? *e* and *s*: six times in *newest* and three in *widest*, nine in all. *s* and *t* do so as well. Such a tie needs a rule, which follows below; here *e* and *s* win. Join them to a new piece, *es*. Count again: *es* and *t*, nine. Then *l* and *o*, seven; *o* and *w* have seven too.
 #
 # That is **byte-pair encoding**, BPE. Each **merge** joins the most frequent pair $(a, b)$ of neighbours:
 #
@@ -242,8 +242,8 @@ def join(pieces: Sequence[str], pair: Merge) -> tuple[str, ...]:
 # print(join("aaaaa", ("a", "a")))
 
 # %% [markdown]
-# The second learns. Counting every pair again for each merge would be simple and slow. `where` remembers which words hold a pair, so that only those are counted out and, once joined, in again.
-# `age` decides ties: the pair of older pieces wins, and characters are as old as their number. Without such a rule two machines could learn two vocabularies.
+# The second learns. Counting every pair again for each merge would be simple and slow. `where` remembers which words hold a pair. Only for these words the counts are taken back before a merge, and added again after it.
+# `age` decides ties. A character with a smaller Unicode number counts as older, and any character is older than a merged piece. The pair with the older left piece wins, and if these are equal, the one with the older right piece. Without such a rule two machines could learn two vocabularies.
 
 # %%
 def learn_merges(words: Mapping[str, int], n: int, min_count: int = 2) -> list[Merge]:
@@ -286,7 +286,7 @@ def learn_merges(words: Mapping[str, int], n: int, min_count: int = 2) -> list[M
 #     print(f"merge {i}: {left} + {right} = {left + right}")
 
 # %% [markdown]
-# The merges are all that is learnt. A new word is cut by making the same joins in the same order: of the pairs that it holds, the one learnt first.
+# The merges are all that is learnt. A new word is cut by making the same joins in the same order: of the pairs in the word, the one that was learnt first, until no known pair is left.
 
 # %%
 def apply_merges(word: str, merges: Sequence[Merge]) -> tuple[str, ...]:
@@ -365,9 +365,9 @@ def spaced(text: str) -> str:
 #     print(f"{text:6}", "".join(BYTES[byte] for byte in spaced(text).encode()))
 
 # %% [markdown]
-# The space belongs to the word that follows it. That marks where words begin, and the way back is exact: put the pieces side by side, read the bytes as UTF-8, drop the first space.
+# The space belongs to the word that follows it. That marks where words begin, and the way back gives exactly the cleaned text: put the pieces side by side, read the bytes as UTF-8, drop the first space.
 #
-# Words must be found before pairs are counted. The library `tokenizers`, written in Rust, cuts text as GPT-2 does: a word with the space before it, a number, or a row of signs. We use its cutter for both, and compare the merges.
+# Words must be found before pairs are counted. The library `tokenizers`, written in Rust, cuts text as the language model GPT-2 does: into words, numbers and rows of signs, each with the space before it. We use its cutter for our lines and for the library's, and compare the merges.
 
 # %%
 def fast_bpe(ids: Mapping[str, int] | None = None, merges: Sequence[Merge] = ()) -> Any:
@@ -398,7 +398,7 @@ def byte_words(text: str) -> list[str]:
 # print(byte_words("A dog, 2 cats -- and a Tür."))
 
 # %% [markdown]
-# ## The fast one
+# ## The tokenizer of this book
 #
 # Our tokenizer keeps the merges and nothing else. The ids follow from them: four special ones, 256 bytes, and one for each merge, in order. So its JSON is short, and its fingerprint does not depend on the version of a library.
 
@@ -578,7 +578,7 @@ def _are_texts(rows: Any, length: int | None = None) -> bool:
 # ## One vocabulary for two languages
 #
 # The paper has one vocabulary for both languages (section 5.1). So we learn the merges from the German and the English sentences together. Names, numbers and signs are written alike in both, and so are words that one
-# language borrowed from the other. Each becomes one piece with one vector. It is also what the single table of section 3.4 needs: source, target and output can share their numbers only if they share their ids.
+# language borrowed from the other. A frequent one becomes one piece with one vector. It is also what the single table of section 3.4 needs: source, target and output can share their numbers only if they share their ids.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # shared = train_bpe((text for pair in train_text for text in pair), 8000)
@@ -597,7 +597,7 @@ def _are_texts(rows: Any, length: int | None = None) -> bool:
 # print(", ".join(sorted(sorted(text.values()), key=len)[-12:]))
 
 # %% [markdown]
-# A part of the shared pieces are such words; the others are signs and short rows of letters that each language uses in its own way.
+# Some of the shared pieces are such words; others are rows of letters that each language uses in its own way.
 #
 # ## How many pieces?
 #
@@ -627,8 +627,7 @@ def _are_texts(rows: Any, length: int | None = None) -> bool:
 # ax.legend();
 
 # %% [markdown]
-# {numref}`fig-vocabulary-size` shows what a larger table buys. At its right end a sentence is only a little longer than with words, and still nothing is unknown. The largest vocabulary need not be the best one. A
-# piece seen twice in the corpus has a vector that is trained twice in a pass over it. Which size translates best is a question for the validation set, not for this figure; for Transformers on small corpora, {cite:t}`ding2019call` found rather small ones best.
+# {numref}`fig-vocabulary-size` shows what a larger table buys. At its right end a sentence is only a little longer than with words, and still nothing is unknown. The largest vocabulary need not be the best one. A piece seen twice in the corpus is an input or an answer only twice in a pass over it, so little is learnt about it. Which size translates best is a question for the validation set, not for this figure; for Transformers on small corpora, {cite:t}`ding2019call` found rather small ones best.
 #
 # ## The ceiling
 #
@@ -654,7 +653,7 @@ def _are_texts(rows: Any, length: int | None = None) -> bool:
 # %%
 @dataclass(eq=False)
 class EncodedSplit(Sequence[Ids]):
-    """Encoded pairs, end to end in two long tensors; `[i]` gives two lists of ids, no special ones.
+    """Encoded pairs, end to end in two one-dimensional tensors, one for each side; `[i]` gives two lists of ids, no special ones.
 
     `ids`: int32, source and target. `offsets`: int64 `(N + 1,)` each; pair `i` is from
     `offsets[i]` to `offsets[i + 1]`. `sources`, `references`: the raw text, empty for training.
@@ -911,16 +910,16 @@ def encode_corpus(
 # %% [markdown]
 # The second call found the file, compared corpus, languages and the tokenizer's fingerprint, and encoded nothing. With another tokenizer it would write the file anew: ids of one tokenizer are noise to another.
 #
-# An encoded pair is what `collate` of Chapter 9 takes, so everything of Part I works on it. Here is the first training pair, with the signs added, and read back:
+# An encoded pair is what `collate` of Chapter 9 takes, so everything of Part I works on it. Here is the first training pair: the source with EOS added, the source as pieces, and the target read back from its ids.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.paper.toy import collate
 #
 # source, target = again.splits["train"][0]
 # batch = collate([(source, target)])
-# print("source ids ", batch.src[0].tolist())
-# print("as pieces  ", " ".join(shared.pieces[i] for i in source))
-# print("read back  ", load_tokenizer(again.tokenizer_json).decode(batch.tgt_out[0].tolist()))
+# print("source ids        ", batch.src[0].tolist())
+# print("source pieces     ", " ".join(shared.pieces[i] for i in source))
+# print("target, read back ", load_tokenizer(again.tokenizer_json).decode(batch.tgt_out[0].tolist()))
 
 # %% [markdown]
 # ## What the paper did
@@ -945,7 +944,7 @@ def encode_corpus(
 #
 # ## Takeaways
 #
-# - A merge joins the most frequent pair of neighbours. The list of merges, in order, is the whole tokenizer.
+# - A merge joins the most frequent pair of neighbours. The list of merges, in order, is all that is learnt.
 # - From 256 bytes upwards nothing is unknown, and the ceiling is a perfect score.
 # - One vocabulary for both languages lets one table serve source, target and output.
 # - Ids, tokenizer and fingerprint travel together.

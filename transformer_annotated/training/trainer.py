@@ -3,12 +3,12 @@ r"""
 # The trainer
 
 One loop that can be stopped at any moment and goes on as if nothing had happened: the same batches, the same
-random numbers, the same weights to the last bit. On one process or on several.
+random numbers, the same weights to the last bit. It works on one process or on several.
 """
 
 # %% [markdown]
 # Chapter 10 trained in five lines. They are still here. What they lacked is everything that happens to a run of hours: the power fails, someone needs the machine, one gradient is not a number, the
-# batch does not fit, a second processor stands idle. Each costs a few lines, and each can be got wrong without a sign. So each is tested on this page.
+# batch does not fit, a second processor is not used. Each costs a few lines, and each can be got wrong without a sign. So each is shown at work below.
 
 # %% mystnb={"figure": {"caption": "Chapter 19 of Part II: the loop.", "name": "fig-map-trainer"}, "image": {"alt": "Thirteen boxes in a row, one a chapter. The eighth, Trainer, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -49,12 +49,13 @@ from transformer_annotated.training.checkpoints import (
     save_checkpoint,
 )
 from transformer_annotated.training.objective import CrossEntropy, LossSum, Objective
-from transformer_annotated.training.schedule import Schedule, adam
+from transformer_annotated.training.schedule import Schedule, adam, clip_gradients, set_rate
+from transformer_annotated.training.speed import keep_memory
 
 # %% [markdown]
 # ## What decides a run
 #
-# Two kinds of settings. The first kind decides the numbers: change one and the run is another run. The second says how long to go on and when to write; it changes nothing that was computed.
+# Two kinds of settings. The first kind decides the numbers: change one and the run is another run. The second says how long to go on, when to write, and how the machine works. It does not change what is computed, with one exception: `compile` can change the last bits.
 
 # %%
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ FREE = ("steps", "save_every", "validate_every", "keep", "compile", "workers", "
 # A run that goes on must know what comes next. Two things decide it: the batch, and the random numbers of dropout.
 #
 # Chapter 14 made the batches of an epoch a function of the seed and the epoch. So two integers, the epoch and the place in it, say which batch is next. For dropout we do the same: before each step the generator is
-# seeded with a number made of the run's seed, the step and the process. Then the random numbers of step 500 do not depend on what happened before step 500, and there is no state to store.
+# seeded with a number made of the run's seed, the step and the *rank*, which is the number of the process, 0 for the first. Then the random numbers of step 500 do not depend on what happened before step 500, and there is no state to store.
 
 # %%
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -147,7 +148,7 @@ def index_stream(
 #
 # ## One step
 #
-# Let a step have $M$ micro-batches with $n_1, \dots, n_M$ real target tokens, and let $L_m$ be the *sum* of the losses in micro-batch $m$. The gradient of the step is
+# A batch that does not fit into memory is cut into *micro-batches*. Their gradients are added up, and then there is one step. Let a step have $M$ micro-batches with $n_1, \dots, n_M$ real target tokens, and let $L_m$ be the *sum* of the losses in micro-batch $m$. The gradient of the step is
 #
 # $$
 # g = \nabla \frac{\sum_{m} L_m}{\sum_{m} n_m}
@@ -155,7 +156,7 @@ def index_stream(
 #
 # so each word counts the same, in whichever micro-batch it stands. Chapter 15 showed what goes wrong with a mean of means. The denominator must be known before the first backward pass. It is: the sampler knows all lengths.
 #
-# With $P$ processes each takes every $P$-th micro-batch. PyTorch's `DistributedDataParallel` then *averages* the gradients of the processes. We want their sum, so each multiplies its loss by $P$.
+# With $P$ processes each takes every $P$-th micro-batch. Each process has its own copy of the model. After the backward pass PyTorch's `DistributedDataParallel` *averages* the gradients over the processes, so that the copies stay equal. We want the sum, so each process multiplies its loss by $P$.
 
 # %%
 class LossOf(nn.Module):
@@ -202,7 +203,7 @@ def gradient(
     return total
 
 # %% [markdown]
-# The step itself. Gradient first, then a look at it, and only then the update. The norm of the whole gradient is one number. If a single element of it is not a number, neither is the norm. So one check covers everything, and it comes *before* the optimiser touches a weight:
+# The step itself. Gradient first, then a look at it, and only then the update. The norm of the whole gradient is one number, and if a single element is not a number, neither is the norm. `clip_gradients` of Chapter 16 refuses it. So one check covers everything, and it comes *before* the optimiser touches a weight:
 
 # %%
 def update(
@@ -215,15 +216,15 @@ def update(
             gradient is cleared.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    problem = "" if math.isfinite(loss) else f"the loss is {loss}"
+    try:
+        norm = float(clip_gradients(parameters, math.inf if clip_norm is None else clip_norm))
+    except ValueError as error:
+        problem = problem or str(error)
+    if problem:
         optimizer.zero_grad()
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss} and the norm of the gradient {norm}; "
-            "the step was not taken"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+        raise FloatingPointError(f"step {step}: {problem}; the step was not taken")
+    set_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -231,7 +232,7 @@ def update(
 # %% [markdown]
 # ## Signals, processes, metrics
 #
-# Ctrl-C sends a program the signal SIGINT; a cluster that wants its machine back sends SIGTERM. The first one finishes the step and saves. A second one does what it always did: it ends the program at once.
+# Ctrl-C sends a program the signal SIGINT; a cluster that wants its machine back sends SIGTERM. At the first signal of either kind the trainer finishes the step and saves. A second one of the same kind does what it always did: it ends the program at once.
 
 # %%
 @contextmanager
@@ -312,7 +313,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 # %% [markdown]
-# The optimiser has memory too: two moving averages for each parameter (Chapter 16). They are saved under the parameter's name, so that the file says what it holds and needs no pickle.
+# The optimiser has memory too: two running means for each parameter (Chapter 16). They are saved under the parameter's name, so that the file says what it holds and needs no pickle.
 
 # %%
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -431,6 +432,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or gradient that is not finite; see `update`.
         """
+        keep_memory()  # Chapter 17: tensors of a step lie where those of the last one lay
         self.folder.mkdir(parents=True, exist_ok=True)
         loss_of: nn.Module = LossOf(self.model, self.objective)
         if self.size > 1:
@@ -605,6 +607,8 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
     return float(sum(float(s.nll) for s in sums)) / sum(s.tokens for s in sums)
 
 # %% [markdown]
+# Three of the small methods deserve a word. `_groups` yields, for each step, the micro-batches of this process and the number of words of all. `_agreed` asks all processes whether one of them wants to stop: if one stopped alone, the others would wait for it without end. `_identity` lists all that decides the numbers.
+#
 # `compare` says in which settings two runs differ. A resume with another seed, another model or another tokenizer would go on without an error and give a model that nobody can make again. So it is refused, and the message
 # lists the differences.
 #
@@ -666,15 +670,19 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # print(machine())
 
 # %% [markdown]
-# The dictionary is one line of the metrics: smoothed loss, plain negative log-likelihood, learning rate, norm of the gradient, words, and words a second.
+# The dictionary is one line of the metrics: loss with label smoothing, plain negative log-likelihood, learning rate, norm of the gradient, words, and words a second.
 
-# %% mystnb={"figure": {"caption": "Loss and gradient norm of the run above. The loss falls; the norm of the gradient is high at the start and jumps while the rate is high.", "name": "fig-trainer-run"}, "image": {"alt": "Two curves over the steps of a training run: the loss falls, and the norm of the gradient falls from its highest value and then stays low, with the clipping limit drawn as a line."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Loss and gradient norm of the run above. The loss falls; the norm of the gradient is high at the start, and jumps most often while the rate is high.", "name": "fig-trainer-run"}, "image": {"alt": "Two curves over the steps of a training run: the loss falls, and the norm of the gradient falls from its highest value and then stays low, with the clipping limit drawn as a line."}} tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
 #
 # rows = [row for row in whole.metrics() if "loss" in row]
 # checks = [row for row in whole.metrics() if "validation_nll" in row]
 # fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7))
-# left.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training, smoothed")
+# left.plot(
+#     [row["step"] for row in rows],
+#     [row["loss"] for row in rows],
+#     label="training, with label smoothing",
+# )
 # left.plot(
 #     [row["step"] for row in checks],
 #     [row["validation_nll"] for row in checks],
@@ -688,7 +696,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # right.set(xlabel="step", ylabel="norm of the gradient", ylim=(0, None));
 
 # %% [markdown]
-# In {numref}`fig-trainer-run` the two losses on the left are not the same thing: training counts smoothing and runs with dropout, validation does neither. On the right, the line at 1 is `clip_norm`. Where the curve is above it, the gradient was shortened to length 1 before the step. The jumps are single batches; without clipping each of them would have been a long step in a direction that one batch liked.
+# In {numref}`fig-trainer-run` the two losses on the left are not the same thing: training counts smoothing and runs with dropout, validation does neither. On the right, the line at 1 is `clip_norm`. Where the curve is above it, the gradient was shortened to length 1 before the step. The jumps are single batches. Without clipping such a batch would count up to three times as much in Adam's running means.
 #
 # ## Stopped and resumed
 #
@@ -722,9 +730,9 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # )
 
 # %% [markdown]
-# Equal means `torch.equal`, not *close*. The end of an epoch matters: a sampler that starts its shuffle again would agree until there.
+# Equal means `torch.equal`, not *close*. The end of an epoch matters: a sampler that forgets the number of the epoch would agree until there.
 #
-# And with violence. The next cell starts the run as a process of its own, kills it with `kill -9` when it is somewhere in the middle, which leaves it no time for anything, and starts it again:
+# Now the hard way. The next cell starts a smaller run as a process of its own, kills it with `kill -9` when it is somewhere in the middle, which leaves it no time for anything, and starts it again:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import sys
@@ -750,8 +758,8 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # """
 #
 #
-# def start(folder: str) -> "subprocess.Popen[bytes]":
-#     command = [sys.executable, "-c", PROGRAM, str(Path(scratch) / folder), "40"]
+# def start(folder: str, steps: int = 40) -> "subprocess.Popen[bytes]":
+#     command = [sys.executable, "-c", PROGRAM, str(Path(scratch) / folder), str(steps)]
 #     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 #
 #
@@ -774,11 +782,40 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # print("after the second start:", len(lines("killed")), "steps, the same as without the kill")
 
 # %% [markdown]
-# The killed run lost the steps since its last checkpoint. It computed them again, and got the same.
+# The killed run lost the steps since its last checkpoint. It computed them again, and got the same. SIGTERM is the polite form. It loses nothing:
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from transformer_annotated.training.checkpoints import list_checkpoints
+#
+# victim = start("asked", steps=100_000)
+# while len(lines("asked")) < 8:
+#     time.sleep(0.005)
+# victim.terminate()
+# victim.wait()
+# last = lines("asked")[-1]["step"]
+# print(
+#     "steps in the metrics",
+#     last,
+#     "  newest checkpoint",
+#     list_checkpoints(Path(scratch) / "asked")[-1].name,
+# )
+# assert list_checkpoints(Path(scratch) / "asked")[-1].name == f"step-{last:08d}"
+
+# %% [markdown]
+# And a run with another seed is another run:
+
+# %% tags=["active-ipynb"]
+# other = trainer("parts", TrainConfig(**{**asdict(SETTINGS), "seed": 1}))
+# try:
+#     other.resume()
+# except ValueError as error:
+#     print(str(error).replace(f"{scratch}/", "").split("/")[-1].split(" ", 1)[1])
+
+# %% [markdown]
 #
 # ## A gradient that is not a number
 #
-# One infinite element, and the ordinary way, clip and step, would make *every* weight not a number: the norm is infinite, each gradient is divided by it, and infinity divided by infinity is not a number. `update` looks first.
+# One NaN among the gradients, and the ordinary way, clip and step, makes every weight NaN (Chapter 16). One infinite element does harm too: the norm is infinite, clipping turns all other gradients into 0, and infinity times 0 is NaN. `update` looks at the norm first.
 
 # %% tags=["active-ipynb"]
 # layer = nn.Linear(3, 3)
@@ -795,7 +832,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # %% [markdown]
 # ## Many micro-batches, or many processes
 #
-# Equation {eq}`eq-accumulated` says that the gradient of a step does not depend on how its words are divided. Divide one batch of 24 sentences into three very unequal parts:
+# Equation {eq}`eq-accumulated` says that the gradient of a step does not depend on how its words are divided. Divide one batch of 24 sentences into three very unequal parts, without dropout and in 64-bit numbers:
 
 # %% tags=["active-ipynb"]
 # def gradients(batches: list[Batch]) -> dict[str, Tensor]:
@@ -813,7 +850,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # print("largest difference below 1e-12 over", len(whole_batch), "tensors of gradients")
 
 # %% [markdown]
-# The same holds for processes. `torchrun` starts two of them on this machine. They exchange gradients through *gloo*, PyTorch's library for processors; with GPUs it would be *nccl*. No line of the loop knows about it, but for the factor $P$ and the waiting in `gradient`.
+# The same holds for processes, without dropout. With it each process draws its own random numbers, so one process and two give different, equally good runs. `torchrun` starts two of them on this machine. They exchange gradients through *gloo*, PyTorch's library for processors; with GPUs it would be *nccl*. The loop knows about them in few places: `gradient` has the factor $P$ and the waiting, `_groups` deals out the micro-batches, losses and the wish to stop are summed over all processes, and only the first process writes.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # script = Path(scratch) / "script.py"
@@ -879,19 +916,22 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # for name, values in times.items():
 #     print(f"{name:12s}{sorted(values)[len(values) // 2] / short_run.steps * 1000:8.1f} ms a step")
 
+# %% [markdown]
+# Compare the two lines. This is not the pure cost of the checks: the trainer also makes its batches and writes a checkpoint at the end, but it saves time in the loss, which it computes at real positions only (Chapter 15).
+#
+# Now the temporary folder may go.
+
 # %% tags=["active-ipynb"]
 # holder.cleanup()
 
 # %% [markdown]
-# The trainer's time includes making the batches and writing a checkpoint at the end; the five lines got their batches ready-made. It also does less: its loss looks at the real positions only (Chapter 15).
-#
 # ## What the paper did
 #
 # | | paper, section 5 | here |
 # |---|---|---|
 # | hardware | 8 P100 GPUs, one machine | one process, or several through `torchrun` |
 # | batch | about 25,000 + 25,000 tokens over the 8 GPUs | `max_tokens` × `accumulate`, over all processes |
-# | precision | not stated; 32 bits | 32 bits, or bfloat16 for the forward pass |
+# | precision | not stated | 32 bits, or bfloat16 for the forward pass |
 # | clipping | none mentioned | norm 1 by default; `clip_norm=None` for none |
 # | checkpoints | every 10 minutes | every `save_every` steps, so that they do not depend on the clock |
 #
@@ -899,11 +939,11 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 #
 # ## How it breaks
 #
-# - *The shuffle is not restored.* The resumed run sees some sentences twice in the epoch and others not at all. The loss looks normal. Only a comparison with an uninterrupted run shows it, and only if an epoch ends in between.
-# - *The optimiser is not restored.* The loss jumps at the resume, and recovers after some hundred steps.
+# - *The shuffle is not restored.* The resumed run sees some sentences twice in the epoch and others not at all. The loss looks normal. Only a comparison with an uninterrupted run shows it. If only the *number of the epoch* is lost, even that comparison agrees until the first epoch ends.
+# - *The optimiser is not restored.* The running means start empty, and the first steps are far too long or too short (Chapter 16).
 # - *The schedule counts micro-batches.* Warm-up is over too early, by the factor `accumulate`.
-# - *A mean of means.* Short sentences count more than long ones. The loss is not even wrong by much.
-# - *Clipping before the check.* One bad batch, and every weight is not a number.
+# - *A mean of means.* Words in small micro-batches count more than words in large ones. The loss is not even wrong by much.
+# - *A step before the check.* One NaN in the gradient, clipped and stepped, and every weight is NaN.
 # - *Checkpoints that are written in place.* The kill comes while the file is half written, and the old one is gone (Chapter 18).
 #
 # ## Takeaways
@@ -929,7 +969,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # check("19.1", answer)
 
 # %% [markdown]
-# **Exercise 19.2.** A run uses `accumulate=4` on 2 processes, and takes 500 steps. How many micro-batches has each process seen, and what is the argument of the schedule at the last step?
+# **Exercise 19.2.** A run uses `accumulate=4` on 2 processes, and takes 500 steps. How many micro-batches has each process seen, and what is the argument of the schedule at the last step? `accumulate` counts over all processes. Answer with two numbers.
 
 # %% tags=["active-ipynb"]
 # answer = ...
