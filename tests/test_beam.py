@@ -309,7 +309,15 @@ def test_packed_weights_give_the_same_translations() -> None:
 
 @pytest.mark.parametrize(
     ("m", "V", "n"),
-    [(1, 24, 8), (4, 20_000, 8), (4, 10_007, 6), (3, 7, 6), (2, 13, 26), (2, 5, 14), (1, 40_000, 3)],
+    [
+        (1, 24, 8),
+        (4, 20_000, 8),
+        (4, 10_007, 6),
+        (3, 7, 6),
+        (2, 13, 26),
+        (2, 5, 14),
+        (1, 40_000, 3),
+    ],
 )
 def test_the_best_are_the_best(m: int, V: int, n: int) -> None:
     """Against a sort of everything; a table of any shape, and more wanted than there are."""
@@ -338,6 +346,7 @@ def test_finished_keeps_the_best_in_order() -> None:
         ({"n_best": 5}, r"n_best must be in \[1, 4\], got 5"),
         ({"n_best": 0}, r"n_best must be in \[1, 4\], got 0"),
         ({"extra": 0}, "extra must be at least 1, got 0"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
@@ -438,6 +447,14 @@ def test_equal_to_generate(case: str) -> None:
         ids = ids.masked_fill(ended, PAD)  # it fills up with EOS where PAD is 0
         T = ids.shape[2]
         assert torch.equal(ours.n_best[:, :, :T], ids[:, :, : ours.n_best.shape[2]])
-        assert_close(ours.n_best_scores.flatten(), theirs.sequences_scores, tolerance=1e-4)
+        scores = ours.n_best_scores.flatten()
+        torch.testing.assert_close(scores, theirs.sequences_scores, rtol=1e-5, atol=1e-4)
         lengths |= set((ids != PAD).sum(dim=-1).flatten().tolist())
     assert len(lengths) > 1
+
+
+def test_rules_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="length_penalty must be finite"):
+        HuggingFace(length_penalty=float("inf"))
+    with pytest.raises(ValueError, match="early_stopping"):
+        HuggingFace(early_stopping="sometimes")  # type: ignore[arg-type]

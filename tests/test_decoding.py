@@ -32,6 +32,7 @@ from transformer_annotated.training.decoding import (
     token_batches,
     truncate,
 )
+from transformer_annotated.training.tokens import train_bpe
 
 SEQ2SEQ = [name for name, variant in VARIANTS.items() if variant.kind == "seq2seq"]
 CAUSAL = [name for name, variant in VARIANTS.items() if variant.kind != "encoder"]
@@ -393,6 +394,14 @@ def test_texts_come_back_in_their_order(max_tokens: int) -> None:
         assert translation == Letters().decode(alone)
     assert together[1] == together[4] == ""
     assert len(set(together)) > 4
+
+
+def test_spaces_have_no_translation() -> None:
+    """Byte pairs have ids for a line of spaces; it is blank all the same."""
+    tokenizer = train_bpe(["a b c"], 260)
+    model = talker(1, vocab_size=260)
+    assert tokenizer.encode("   ")
+    assert translate_texts(model, tokenizer, ["", "  ", "\t "], search=greedy_search) == [""] * 3
 
 
 def test_any_search_will_do() -> None:

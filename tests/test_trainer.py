@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,8 +171,8 @@ import sys
 from pathlib import Path
 from dataclasses import replace
 from tests.test_trainer import CONFIG, build, evaluation
-trainer = build(Path(sys.argv[1]), replace(CONFIG, steps=int(sys.argv[2]), save_every=2),
-                evaluate=evaluation)
+config = replace(CONFIG, steps=int(sys.argv[2]), save_every=2, workers=int(sys.argv[3]))
+trainer = build(Path(sys.argv[1]), config, evaluate=evaluation)
 trainer.resume()
 trainer.train()
 sys.exit(0 if trainer.stopped_by is None else 128 + trainer.stopped_by)
@@ -179,9 +180,17 @@ sys.exit(0 if trainer.stopped_by is None else 128 + trainer.stopped_by)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def start(folder: Path, steps: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(steps)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+def start(folder: Path, steps: int, workers: int = 0) -> "subprocess.Popen[str]":
+    """The run as a process, in a process group of its own."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(steps), str(workers)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def wait_for_steps(folder: Path, steps: int) -> None:
@@ -217,11 +226,14 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(number: int, tmp_path: Path) -> None:
-    process = start(tmp_path, 100_000)
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 1)]
+)
+def test_a_signal_finishes_the_step_and_saves(number: int, workers: int, tmp_path: Path) -> None:
+    """Sent to the whole process group, as a terminal, torchrun and a cluster do it."""
+    process = start(tmp_path, 100_000, workers)
     wait_for_steps(tmp_path, 3)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 128 + number
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
@@ -283,6 +295,76 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     assert not build(tmp_path).resume()
     with pytest.raises(CheckpointError):
         build(tmp_path).resume(tmp_path / "step-00000099")
+
+
+def test_other_data_another_optimizer_and_a_function(whole: Path, tmp_path: Path) -> None:
+    """Same sizes, other ids; another optimiser; and an objective that is a plain function."""
+    last = list_checkpoints(whole)[-1]
+    turned = data()
+    turned.ids = (turned.ids[0].flip(0), turned.ids[1].flip(0))
+    other = build(tmp_path)
+    trainer = Trainer(
+        other.model, turned, CONFIG, tmp_path, schedule=other.schedule, device="cpu", progress=False
+    )
+    with pytest.raises(ValueError, match="data"):
+        trainer.resume(last)
+    with pytest.raises(ValueError, match="optimizer"):
+        build(tmp_path, optimizer=torch.optim.SGD(other.model.parameters())).resume(last)
+    assert "0x" not in json.dumps(build(tmp_path, objective=plain_objective).identity)
+
+
+def plain_objective(model: Transformer, batch: Batch) -> LossSum:
+    return CrossEntropy(0.1)(model, batch)
+
+
+def test_a_used_folder_is_not_overwritten(whole: Path, tmp_path: Path) -> None:
+    """Without a resume, or after a resume from an older checkpoint, later steps are in the way."""
+    shutil.copytree(whole, tmp_path / "used")
+    before = trace(tmp_path / "used")
+    trainer = build(tmp_path / "used")
+    with pytest.raises(ValueError, match="later checkpoints than step 0"):
+        trainer.train()
+    trainer.resume(list_checkpoints(tmp_path / "used")[0])
+    with pytest.raises(ValueError, match="later checkpoints than step 5"):
+        trainer.train()
+    assert trace(tmp_path / "used") == before
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    trainer = build(tmp_path)
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another process trains"):
+        trainer.train()
+    assert trainer.step == 0
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_stays_does_not_depend_on_when_a_run_was_stopped(whole: Path, tmp_path: Path) -> None:
+    """Checkpoints of a stop come on top of the regular ones, and go at the next one."""
+    for until in (1, 4, 6, 7, 11, 12):
+        trainer = build(tmp_path, replace(CONFIG, steps=until), evaluate=evaluation)
+        trainer.resume()
+        trainer.train()
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == [path.name for path in list_checkpoints(whole)]
+    assert names == ["step-00000005", "step-00000010", "step-00000012"]
+
+
+def test_a_forced_resume_with_other_batches_goes_on_at_an_epoch(tmp_path: Path) -> None:
+    build(tmp_path, replace(CONFIG, steps=4)).train()
+    trainer = build(tmp_path, replace(CONFIG, steps=6, max_tokens=400))
+    assert trainer.resume(force=True)
+    assert trainer.index < len(trainer.batches_of(trainer.epoch))
+
+
+def test_a_forced_resume_into_another_model_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    trainer = build(tmp_path, model={"ffn.d_ff": 24})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match="ffn"):
+        trainer.resume(list_checkpoints(whole)[-1], force=True)
+    assert same(dict(trainer.model.named_parameters()), before)
+    assert trainer.step == 0
 
 
 def test_compare_names_the_path() -> None:
@@ -459,6 +541,9 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
     assert read_metrics(tmp_path / "none.jsonl") == []
+    (tmp_path / "bad.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="damaged line"):
+        read_metrics(tmp_path / "bad.jsonl")
     metrics = module.Metrics(tmp_path, 1)
     metrics.write(2, loss=2.0)
     metrics.close()

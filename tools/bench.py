@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +41,7 @@ from transformer_annotated.paper.parts import patch, spec
 from transformer_annotated.paper.toy import BOS, EOS, PAD, Batch
 from transformer_annotated.paper.transformer import PAPER_BASE, Transformer
 from transformer_annotated.training.beam import beam_search
-from transformer_annotated.training.decoding import greedy_search
+from transformer_annotated.training.decoding import greedy_search, packed
 from transformer_annotated.training.objective import CrossEntropy
 from transformer_annotated.training.schedule import adam, set_rate
 from transformer_annotated.training.speed import FAST, keep_memory, race
@@ -251,7 +252,9 @@ def without_end(model: Transformer) -> Transformer:
     return model.eval()
 
 
-def our_decoders(size: Size, src: Tensor, beam: int) -> dict[str, Run]:
+def our_decoders(size: Size, src: Tensor, beam: int, stack: ExitStack) -> dict[str, Run]:
+    """Weights are packed once, as `translate_texts` does for all its batches."""
+
     def search(model: Transformer) -> Run:
         if beam == 1:
             return lambda: greedy_search(model, src[:, 1:], extra=1)
@@ -260,6 +263,7 @@ def our_decoders(size: Size, src: Tensor, beam: int) -> dict[str, Run]:
     BIAS = {"head": spec(Head, bias=True)}
     model = without_end(ours(size, FAST, BIAS))
     half = without_end(ours(size, FAST, BIAS)).to(torch.bfloat16)
+    stack.enter_context(packed(model))
     runs = {OURS: search(model), f"{OURS}, bf16": search(half)}
     if beam == 1:
         written_out = without_end(ours(size, BIAS))
@@ -284,11 +288,13 @@ def converted(model: Any, folder: str, quantization: str) -> Any:
     return ctranslate2.Translator(folder, device="cpu", compute_type=quantization, intra_threads=1)
 
 
-def decoding_runs(size: Size, n: int, beam: int, folder: Path) -> tuple[dict[str, Run], list[str]]:
+def decoding_runs(
+    size: Size, n: int, beam: int, folder: Path, stack: ExitStack
+) -> tuple[dict[str, Run], list[str]]:
     """`n` sentences translated by each library, and those libraries that are not installed."""
     src = torch.randint(4, V - 1, (n, LENGTH), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    runs, missing = our_decoders(size, src, beam), []
+    runs, missing = our_decoders(size, src, beam, stack), []
     if installed("transformers"):
         hf = marian(size).eval()
         options = {
@@ -321,8 +327,8 @@ def decoding_runs(size: Size, n: int, beam: int, folder: Path) -> tuple[dict[str
 
 
 def decoding(name: str, n: int, beam: int, rounds: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        runs, missing = decoding_runs(SIZES[name], n, beam, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        runs, missing = decoding_runs(SIZES[name], n, beam, Path(folder), stack)
         for label, run in runs.items():
             check_length(label, run())
         table = summary(race(runs, rounds), n)

@@ -42,7 +42,12 @@ from transformer_annotated.training.checkpoints import (
     save_checkpoint,
 )
 from transformer_annotated.training.corpora import open_corpus
-from transformer_annotated.training.decoding import Search, greedy_search, translate_texts
+from transformer_annotated.training.decoding import (
+    Search,
+    greedy_search,
+    packed,
+    translate_texts,
+)
 from transformer_annotated.training.reproduction import Recipe, make_trainer, prepare
 from transformer_annotated.training.tokens import Tokenizer, load_tokenizer
 from transformer_annotated.training.trainer import default_device
@@ -106,7 +111,7 @@ class Train:
         say(f"reading {name}")
         folder.mkdir(parents=True, exist_ok=True)
         trainer = make_trainer(
-            recipe, prepare(recipe, folder / "corpus.safetensors"), folder,
+            recipe, prepare(recipe, folder / f"corpus-{recipe.vocab_size}.safetensors"), folder,
             tensorboard=self.tensorboard,
         )  # fmt: skip
         if trainer.resume(None if self.resume is None else find_checkpoint(self.resume)):
@@ -253,10 +258,11 @@ class Translate:
         if typing:
             say("type a sentence and press Enter; Ctrl-D ends")
         search = self.decoding.search()
-        for sentences in lines_as_they_come(file, origin):
-            for text in translate_texts(model, tokenizer, sentences, search=search):
-                sys.stdout.write(" ".join(text.split()) + "\n")
-            sys.stdout.flush()
+        with packed(model):
+            for sentences in lines_as_they_come(file, origin):
+                for text in translate_texts(model, tokenizer, sentences, search=search):
+                    sys.stdout.write(" ".join(text.split()) + "\n")
+                sys.stdout.flush()
         return 0
 
 
@@ -266,14 +272,17 @@ def lines_as_they_come(file: Any, origin: str) -> Iterator[list[str]]:
     `file` is binary and has `read1`, which returns what is there without waiting for more.
     Raises ValueError with the line's number for a byte that is not UTF-8.
     """
-    rest, number = b"", 0
+    begun: list[bytes] = []  # pieces of a line whose end has not come
+    number = 0
     while data := file.read1(2**16):
-        *complete, rest = (rest + data).split(b"\n")
-        if complete:
+        first, *others = data.split(b"\n")
+        begun.append(first)
+        if others:
+            complete, rest = [b"".join(begun), *others[:-1]], others[-1]
             yield [decoded(line, origin, number + i) for i, line in enumerate(complete, start=1)]
-        number += len(complete)
-    if rest:
-        yield [decoded(rest, origin, number + 1)]
+            begun, number = [rest], number + len(complete)
+    if any(begun):
+        yield [decoded(b"".join(begun), origin, number + 1)]
 
 
 def decoded(line: bytes, origin: str, number: int) -> str:

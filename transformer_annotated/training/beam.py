@@ -16,6 +16,7 @@ a rule that compares finished ones of different length.
 # figures.reading_map(21);
 
 # %%
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -137,7 +138,7 @@ def draw_tree(
     ax.set(xlim=(-0.5, len(levels) + 0.5), ylim=(-max(map(len, levels)) + 0.4, 0.6))
     return ax
 
-# %% mystnb={"figure": {"caption": "Three hypotheses at a time. Each number is the log-probability so far; the orange way has the highest when it ends.", "name": "fig-tree"}, "image": {"alt": "A tree that grows from left to right. Each column holds up to three boxes with a word and a negative number, joined to the box they continue. One way through is orange."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Three hypotheses at a time. Each number is the log-probability so far; the orange way ends with the highest one.", "name": "fig-tree"}, "image": {"alt": "A tree that grows from left to right. Each column holds up to three boxes with a word and a negative number, joined to the box they continue. One way through is orange."}} tags=["active-ipynb", "nbval-ignore-output"]
 # german, english = min(test_text, key=lambda pair: len(pair[0].split()))
 # source = torch.tensor([[*tokenizer.encode(german), EOS]])
 # levels = first_search(model, source, beam=3, steps=12)
@@ -155,7 +156,7 @@ def draw_tree(
 # s(y) = \frac{\ln P(y \mid x)}{lp(n)}, \qquad lp(n) = \left(\frac{5 + n}{6}\right)^{\alpha}
 # $$ (eq-length-penalty)
 #
-# With $\alpha = 0$ it is the log-probability. The paper uses $\alpha = 0.6$. Two hypotheses, one longer and less probable:
+# $lp(n)$ is called the *length penalty*. A log-probability is negative, and dividing it by a larger number brings it closer to 0. So with $\alpha > 0$ a long hypothesis gets back some of what its many words cost it. With $\alpha = 0$ the score is the log-probability. The paper uses $\alpha = 0.6$. Two hypotheses, one longer and less probable:
 
 # %% tags=["active-ipynb"]
 # for alpha in (0.0, 0.6, 1.0):
@@ -165,7 +166,7 @@ def draw_tree(
 # %% [markdown]
 # At 0 the short one wins, at 0.6 the long one.
 #
-# When may a search end? When enough hypotheses have ended and no running one can still win. A running hypothesis with log-probability $\ln P$ only falls, and the largest divisor it can reach is that of the length limit. So its score will never exceed $\ln P / lp(\text{limit})$. If that is no better than what is finished, the rest of the search
+# When may a search end? When enough hypotheses have ended and no running one can still win. The log-probability $\ln P$ of a running hypothesis can only fall, and the largest divisor it can reach is that of the length limit. So its score will never exceed $\ln P / lp(\text{limit})$. If that is no better than what is finished, the rest of the search
 # would change nothing. The paper says that it ends early when possible; this is our reading of it.
 #
 # Programs differ in these rules, and scores with them. So the rule is a value that says what it does. `Scoring` lists the questions, `GNMT` gives the paper's answers.
@@ -200,10 +201,16 @@ class GNMT:
     The penalty is that of Wu et al. (2016, section 7), without their coverage term. The search ends
     when no running hypothesis can still come among the best, so ending early changes no result.
     A hypothesis cut off at the limit is used only where too few have finished.
+
+    Raises ValueError for an alpha that is not finite.
     """
 
     alpha: float = 0.6
     cut_counts = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite, got {self.alpha}")
 
     def score(self, log_p: Tensor, length: Any) -> Tensor:
         return log_p / ((5 + length) / 6) ** self.alpha
@@ -249,6 +256,7 @@ def best(scores: Tensor, offset: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor
     return values, column // width, where % height * width + column % width
 
 # %% tags=["active-ipynb"]
+# torch.manual_seed(0)
 # scores, offset = torch.randn(32, 4, 8000), torch.randn(32, 4)
 # values, row, column = best(scores, offset, 8)
 # everything = (scores + offset[..., None]).flatten(1)
@@ -279,7 +287,7 @@ def grouped(attend: Attend) -> Attend:
 #
 # ## The search
 #
-# `Finished` keeps the best finished hypotheses of each sentence. They are out of the running: nothing can extend them, and they cost no time.
+# `Finished` keeps the best finished hypotheses of each sentence. They are out of the running: nothing can extend them, and they cost no time. This is one change from `first_search`, where a finished hypothesis takes one of the $k$ places and may be pushed out. From here on all $k$ places go to running ones.
 
 # %%
 @dataclass(frozen=True)
@@ -440,7 +448,7 @@ def _search(session: Session, beam: int, n_best: int, rule: Scoring) -> Finished
     return result
 
 # %% [markdown]
-# Read the loop in four steps. Candidates come from the model. Those that end are offered to `finished`. The best that do not end go on, and the cache follows them. A sentence leaves the batch at its limit, or when `hopeless` says that the rest cannot matter.
+# Read the loop in four steps. Candidates come from the model. Those that end are offered to `finished`. The best that do not end go on, and the cache follows them. A sentence leaves the batch at its limit, or when `hopeless` says that the rest cannot matter. A beam of one has a rule of its own: it stops at the first `<eos>`, which makes it greedy search.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # found = beam_search(model, source, beam=4, n_best=4)
@@ -480,7 +488,7 @@ def _search(session: Session, beam: int, n_best: int, rule: Scoring) -> Finished
 # print("the five best of", len(all_scores))
 
 # %% [markdown]
-# This model is untrained and would rather stop at once, which is `(2,)`. The order of the others is the order of their scores, and the search found all five.
+# This model is untrained and would rather stop at once, which is `(2,)`. The search found the same five in the same order.
 #
 # Two more properties. A beam of one is greedy search. And a batch is its sentences: hypotheses that end early, in any sentence, change nothing for the others.
 
@@ -516,7 +524,7 @@ def _search(session: Session, beam: int, n_best: int, rule: Scoring) -> Finished
 #     print(f"{beam:5d} {found.scores.mean():7.3f} {right:7.1%} {length:8.2f}")
 
 # %% [markdown]
-# The first column of results rises with the beam or stays; the second need not. A wider beam is better at finding what the model believes. Where the model is wrong, that does not help: with very wide beams translations get worse, because the most probable one is often too short {cite:p}`koehn2017six`. For strong models
+# Here log P rises with every wider beam. That is usual, but no law. The share of right translations need not rise with it. A wider beam is better at finding what the model believes. Where the model is wrong, that does not help: with very wide beams translations get worse, because the most probable one is often too short {cite:p}`koehn2017six`. For strong models
 # the single most probable translation can be the empty one {cite:p}`stahlberg2019nmt`.
 
 # %% mystnb={"figure": {"caption": "The stronger the penalty, the longer the translations that win.", "name": "fig-alpha"}, "image": {"alt": "Two line charts over alpha from minus one to two. Left, the mean number of tokens rises. Right, the mean log-probability of the chosen translations is highest near zero."}} tags=["active-ipynb", "nbval-ignore-output"]
@@ -535,31 +543,37 @@ def _search(session: Session, beam: int, n_best: int, rule: Scoring) -> Finished
 #     ax.set(xlabel="alpha", ylabel=label)
 
 # %% [markdown]
-# In {numref}`fig-alpha` the left curve never falls. On the right, look for the highest point: the log-probability itself is what $\alpha = 0$ asks for, and every other value gives some of it away.
+# In {numref}`fig-alpha` the left curve never falls. On the right, look for the highest point: the log-probability itself is what $\alpha = 0$ asks for, and every other value finds translations that are less probable.
 #
 # What does it cost?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# import time
+# from functools import partial
+# from statistics import median
 #
 # from transformer_annotated.training.decoding import packed
+# from transformer_annotated.training.speed import race
 #
 # torch.set_num_threads(1)
 # print(machine())
 # batch = collate([(source, []) for source in sources[: 64 if full else 2]])
+# searches = {
+#     f"beam {beam}": partial(beam_search, model, batch.src, batch.src_padding, beam=beam, extra=10)
+#     for beam in (1, 2, 4, 8)
+# }
 # with packed(model):
-#     beam_search(model, batch.src, batch.src_padding, extra=10)  # the first call is slower
-#     for beam in (1, 2, 4, 8):
-#         start = time.process_time()
-#         beam_search(model, batch.src, batch.src_padding, beam=beam, extra=10)
+#     for name, seconds in race(searches, 7 if full else 1).items():
+#         rates = sorted(len(batch.src) / s for s in seconds)
 #         print(
-#             f"beam {beam}: {len(batch.src) / (time.process_time() - start):7.1f} sentences a second"
+#             f"{name}: {median(rates):6.0f} sentences a second ({rates[0]:.0f} to {rates[-1]:.0f})"
 #         )
 
 # %% [markdown]
+# All searches take turns; the median of the rounds, and the range. A beam of four costs less than four times a beam of one, because its rows meet the same weights in one product.
+#
 # ## Other rules
 #
-# The library most people use divides by $n^{\ell}$, with $\ell$ called `length_penalty`, and has other habits {cite:p}`wolf2020transformers`. The same $\alpha$ does not mean the same. To compare ids and scores with it, its rules are a second value:
+# The library *transformers* of Hugging Face divides by $n^{\ell}$, with $\ell$ called `length_penalty`, and has other habits {cite:p}`wolf2020transformers`. The same $\alpha$ does not mean the same. To compare ids and scores with it, its rules are a second value:
 
 # %%
 @dataclass(frozen=True)
@@ -574,6 +588,14 @@ class HuggingFace:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     cut_counts = True
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                f'early_stopping must be True, False or "never", got {self.early_stopping!r}'
+            )
 
     def score(self, log_p: Tensor, length: Any) -> Tensor:
         return log_p / length**self.length_penalty
@@ -620,7 +642,7 @@ class HuggingFace:
 #
 # ## Takeaways
 #
-# - A beam keeps $k$ hypotheses. Beam 1 is greedy, a beam that keeps all is exhaustive, and both are proofs.
+# - A beam keeps $k$ hypotheses. Beam 1 is greedy search. A beam that keeps all is a search through everything. Both are used as checks.
 # - {eq}`eq-length-penalty` compares hypotheses of different length.
 # - The bound $\ln P / lp(\text{limit})$ lets a search end early without changing its result.
 # - A more probable translation is not always a better one.

@@ -93,8 +93,7 @@ def draw_work(T: int = 8) -> Any:
 # draw_work();
 
 # %% [markdown]
-# Dark squares in {numref}`fig-work` are computed, pale ones are read. Is it allowed to keep them? The causal mask says yes. Position $s$ sees nothing after itself, so its vectors in every layer are the same whatever is written later. One thing is needed of it by those who come later: its key
-# and its value. With $x_t$ the vector of the new token in some layer, and matrices as in {eq}`eq-multi-head`,
+# Dark squares in {numref}`fig-work` are computed, pale ones are read. May the vectors of earlier positions be kept? The causal mask says yes. Position $s$ sees nothing after itself, so its vectors in every layer are the same whatever is written later. Later positions read only two of them: its key and its value. With $x_t$ the vector of the new token in some layer, and matrices as in {eq}`eq-multi-head`,
 #
 # $$
 # o_t = \mathrm{softmax}\!\left(\frac{q_t\,[k_1, \ldots, k_t]^\top}{\sqrt{d}}\right) [v_1, \ldots, v_t], \qquad q_t, k_t, v_t = x_t W^Q,\; x_t W^K,\; x_t W^V .
@@ -104,7 +103,7 @@ def draw_work(T: int = 8) -> Any:
 #
 # ## The cache
 #
-# Part I left a door for it. `MultiHeadAttention` asks a cache for keys and values by `update(project, source, positions)`, where `project(source)` would compute them. In self-attention the source is the new token: project it, add it to the store, return the whole store.
+# Part I prepared for it. `MultiHeadAttention` asks a cache for keys and values by `update(project, source, positions)`, where `project(source)` would compute them. In self-attention the source is the new token: project it, add it to the store, return the whole store.
 #
 # The store must grow. Joining two tensors at each step would copy everything each time. So a store has room for more than it holds, and moves to one twice as large when it is full. Time is its first axis: the part in use is then one piece of memory.
 
@@ -165,7 +164,7 @@ class SelfAttentionCache:
             self._positions = self._positions[index]
 
 # %% [markdown]
-# Keys go in as they were projected. A later part turns keys by their position (RoPE); it will find them unturned, with the positions beside them. `reorder` is for the next section and the next chapter: rows of the batch are dropped or copied.
+# Keys go in as they were projected. A later part turns keys by their position (RoPE); it will find them unturned, with the positions beside them. `reorder` is used in the section on greedy search, where rows are dropped, and in the next chapter, where they are also copied: rows of the batch are dropped or copied.
 #
 # Cross-attention is simpler. The memory does not change, so its keys and values are computed at the first call.
 
@@ -494,21 +493,21 @@ def is_finished(ids: Tensor) -> Tensor:
 # %% mystnb={"figure": {"caption": "Seconds to write one sentence. Without a cache the time for a token grows with what has been written; with one it hardly does.", "name": "fig-time"}, "image": {"alt": "A line chart of seconds against number of tokens, for search without and with a cache. The first curve bends upwards, the second is close to a straight line and far below."}} tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
 #
-# lengths = [10, 20, 40, 80, 120] if full else [4, 8]
+# lengths = [10, 20, 40, 80, 120] if full else [8, 12]
 # one = torch.randint(4, 8000, (1, 5))
 # fig, ax = plt.subplots(figsize=(7.2, 2.8))
 # for name, find in (("read all again", greedy), ("cache", greedy_search)):
-#     times = [seconds(lambda find=find, n=n: find(middle, one, extra=n - 5 + 1)) for n in lengths]
+#     times = [seconds(lambda find=find, n=n: find(middle, one, extra=n - 5)) for n in lengths]
 #     ax.plot(lengths, times, "o-", label=name)
 # ax.set(xlabel="tokens written", ylabel="seconds", ylim=(0, None))
 # ax.legend();
 
 # %% [markdown]
-# Follow the upper curve of {numref}`fig-time`: twice the tokens cost more than twice the time. The lower one is close to a straight line.
+# Follow the upper curve of {numref}`fig-time`: from 40 tokens on, twice the tokens cost more than twice the time. The lower one is close to a straight line. For short sentences the two are close: a step has a cost of its own, however few positions it computes, since every weight is read and every operation is called.
 #
-# ## Weights where they are wanted
+# ## Weights in a better order
 #
-# In each step a few rows meet every weight of the decoder, and fetching the weights takes most of the time. The order in which PyTorch stores a weight matrix is not the best one for products of a few rows. Its compiler therefore copies weights once into an order that suits the processor. It uses two
+# In each step a few rows meet every weight of the decoder. The order in which PyTorch stores a weight matrix is not the best one for products of a few rows. Its compiler therefore copies weights once into an order that suits the processor. It uses two
 # operations that have no public name; `packed` calls them directly, and does nothing where they do not exist. One of them can also apply the ReLU before it stores its result, and `packed` asks for that.
 
 # %%
@@ -535,22 +534,25 @@ def packed(model: Transformer) -> Iterator[None]:
         vars(module)["forward"] = forward
         changed.append(module)
 
-    with torch.inference_mode():
-        for module in model.modules() if possible else ():
-            first: nn.Module = module.up if type(module) is FeedForward else module
-            if "forward" in vars(first):
-                continue  # a block within this block, or done with its neighbour
-            if type(module) is FeedForward and type(module.activation) is nn.ReLU:
-                replace(module.up, module.up.weight, module.up.bias, "relu")  # both at once
-                vars(module.activation)["forward"] = lambda x: x
-                changed.append(module.activation)
-            elif type(module) is nn.Linear:
-                replace(module, module.weight, module.bias)
-            elif type(module) is Head and module.softcap is None:
-                weight = table if module.weight is None else module.weight.detach()
-                bias = None if module.bias is None else module.bias * module.scale
-                replace(module, weight * module.scale, bias)
+    def change(module: nn.Module) -> None:
+        first: nn.Module = module.up if type(module) is FeedForward else module
+        if "forward" in vars(first):
+            return  # a block within this block, or done with its neighbour
+        if type(module) is FeedForward and type(module.activation) is nn.ReLU:
+            replace(module.up, module.up.weight, module.up.bias, "relu")  # both at once
+            vars(module.activation)["forward"] = lambda x: x
+            changed.append(module.activation)
+        elif type(module) is nn.Linear:
+            replace(module, module.weight, module.bias)
+        elif type(module) is Head and module.softcap is None:
+            weight = table if module.weight is None else module.weight.detach()
+            bias = None if module.bias is None else module.bias * module.scale
+            replace(module, weight * module.scale, bias)
+
     try:
+        with torch.inference_mode():
+            for module in model.modules() if possible else ():
+                change(module)
         yield
     finally:
         for module in changed:
@@ -571,7 +573,7 @@ def packed(model: Transformer) -> Iterator[None]:
 #
 # ## Drawing the next token
 #
-# The most probable token is not the only choice. A model of the next word is a distribution, and one can draw from it. For translation that is rarely wanted. For stories and dialogue it is, because the most probable text is dull and repeats itself {cite:p}`holtzman2020curious`.
+# The most probable token is not the only choice. A model gives a distribution over the next token, and one can draw from it. For translation that is rarely wanted. For stories and dialogue it is, because the most probable text is dull and repeats itself {cite:p}`holtzman2020curious`.
 #
 # Take eight scores, and divide them by a number, the **temperature** $\tau$, before the softmax: $p_i \propto e^{z_i / \tau}$.
 
@@ -586,8 +588,7 @@ def packed(model: Transformer) -> Iterator[None]:
 # %% [markdown]
 # Temperature 0 would divide by zero. Its limit is the most probable token, and that is `greedy_search`.
 #
-# The bars on the right have another trouble. A vocabulary has thousands of tokens that are each nearly impossible, and together they are drawn often. Two rules cut them off. **Top-k** keeps the $k$ most probable tokens {cite:p}`fan2018hierarchical`. **Top-p** keeps the fewest that together have probability
-# $p$, so many where the model is unsure and few where it is sure {cite:p}`holtzman2020curious`.
+# A high temperature has a price that eight bars do not show. A vocabulary has thousands of tokens that are each nearly impossible, and together they are drawn often. Two rules cut them off. **Top-k** keeps the $k$ most probable tokens {cite:p}`fan2018hierarchical`. **Top-p** keeps the fewest that together have at least probability $p$. That is many tokens where the model is unsure and few where it is sure {cite:p}`holtzman2020curious`.
 
 # %%
 def truncate(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -694,7 +695,7 @@ def sample(
 # %% [markdown]
 # ## From sentences to sentences
 #
-# The last step is for people: text in, text out, in the order of the input. Inside, sentences of similar length share a batch, as in Chapter 14. An empty line has the empty translation. A line of a megabyte without an end must not take the machine down, so a source is cut at `longest` tokens, and a warning
+# The last step is for people: text in, text out, in the order of the input. Inside, sentences of similar length share a batch, as in Chapter 14. An empty line has the empty translation. A line of a megabyte without an end must not use up all memory, so a source is cut at `longest` tokens, and a warning
 # says so.
 
 # %%
@@ -746,7 +747,8 @@ def translate_texts(
             raise ValueError(f"{name} must be at least 1, got {value}")
     sources = []
     for i, text in enumerate(sentences):
-        ids = tokenizer.encode(text[: 32 * longest])  # a line without end takes no time
+        # A line without end takes no time, and one of spaces has nothing to translate.
+        ids = tokenizer.encode(text[: 32 * longest]) if text.strip() else []
         if len(ids) > longest or len(text) > 32 * longest:
             warnings.warn(f"sentence {i} is longer than {longest} tokens; the rest is left out",
                           stacklevel=2)  # fmt: skip
@@ -798,11 +800,11 @@ def translate_texts(
 # assert found[-1] == drawn[-1] == ""
 
 # %% [markdown]
-# `partial` fills in the arguments of a search, and anything with the signature of `Search` will do. The next chapter brings one more.
+# The model was trained for a short time only, and its greedy translations need not be right. The drawn ones are worse: at temperature 1 a less probable word is drawn now and then, and what follows must go on from it. Both languages share one vocabulary, so even a German word can be drawn. `partial` fills in the arguments of a search, and anything with the signature of `Search` will do. The next chapter brings one more.
 #
 # ## What the paper did
 #
-# The paper used beam search for all its results (section 6.1), the next chapter's subject, and says nothing of a cache. The code it links to, tensor2tensor, has one. Caching changes no number, only the time. Memory is the price: two vectors of $D$ numbers for each token and layer. Later models shrank that by sharing key heads
+# The paper used beam search for its translations (section 6.1), the next chapter's subject, and says nothing of a cache. The code it links to, tensor2tensor, has one. Caching changes no number, only the time. Memory is the price: two vectors of $D$ numbers for each token and layer. Later models shrank that by sharing key heads
 # {cite:p}`shazeer2019fast,ainslie2023gqa`, and Part III measures it.
 #
 # ## How it breaks
@@ -818,7 +820,7 @@ def translate_texts(
 # - The causal mask makes keys and values final, so they can be kept: {eq}`eq-cache`. $T$ positions are computed in place of $T(T + 1)/2$.
 # - The memory's keys and values are computed once.
 # - Greedy takes the most probable token. Sampling draws, from a distribution that temperature, top-k and top-p reshape.
-# - Cached equals uncached, in any pieces, and a batch equals its sentences. Both are tests.
+# - Cached equals uncached, in any pieces, and a batch equals its sentences. The page shows the first, the tests both.
 #
 # ## Exercises
 

@@ -193,12 +193,12 @@ def attention_maps(
 # print(" ".join(maps["decoder.layers.0.cross_attention"].cols))
 
 # %% [markdown]
-# Now try to get it wrong. Turn a square map, and exchange the labels of a map that is not square:
+# Now try to get it wrong: turn a map, drop some of its weights, give it one label too many:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import dataclasses
 #
-# square, oblong = maps["encoder.layers.0.self_attention"], maps["decoder.layers.0.cross_attention"]
+# square = maps["encoder.layers.0.self_attention"]
 # for change in (
 #     {"weights": square.weights.transpose(1, 2)},
 #     {"weights": F.dropout(square.weights, 0.1)},
@@ -252,7 +252,7 @@ def draw_attention(maps: Sequence[AttentionMap], head: int | None = None) -> "Fi
 # %% [markdown]
 # Look at the right picture of {numref}`fig-inside-maps` first. Its dark cells say, for each English word, from which German position the decoder fetched most. The middle picture is a triangle, as it must be. The left one is hard to read, and that is usual.
 #
-# A mean over heads hides what single heads do. And one sentence proves nothing: with 24 heads and many sentences one finds a picture for every story. So we count.
+# A mean over heads hides what single heads do. And one sentence proves nothing: with 24 heads and many sentences one finds a picture that fits any explanation. So we count.
 #
 # ## What a head does, as a number
 #
@@ -264,7 +264,7 @@ def draw_attention(maps: Sequence[AttentionMap], head: int | None = None) -> "Fi
 #
 # Here $w_{qk}$ is the weight of query $q$ on key $k$, $r(q)$ are the keys that the relation marks for $q$, and $Q_r$ are the queries for which it marks some.
 #
-# We use five relations: the position before, the same position, the position after, the *sign* (the end of the source or the beginning of the target), and *linked*. In cross-attention a German word is linked to the English word to be said if the grammar says that they belong together. In self-attention two words of one sentence are linked if they share a partner in the other language, such as *lädt* and *ein*.
+# Positions are compared by number. In the decoder *same* is therefore the word just read. In cross-attention it is the German word with the same number. We use five relations: the position before, the same position, the position after, the *sign* (the end of the source or the beginning of the target), and *linked*. In cross-attention a German word is linked to the English word to be said if the grammar says that they belong together. In self-attention two words of one sentence are linked if they share a partner in the other language, such as *lädt* and *ein*.
 
 # %%
 RELATIONS = ("before", "same", "after", "sign", "linked")
@@ -409,9 +409,9 @@ def draw_statistics(heads: Sequence[HeadStatistics], chance: Sequence[HeadStatis
 #     )
 
 # %% [markdown]
-# The first row of each block in {numref}`fig-heads-table` is the yardstick: what equal weights would get. Read every number against it. The column *after* of the decoder is empty, since it cannot look ahead.
+# The first row of each block in {numref}`fig-heads-table` is the yardstick: what equal weights would get. Read every number against it. In the decoder the column *after* has no meaning, since it cannot look ahead; the figure shows 0.00.
 #
-# Start at the bottom. In the second layer the four heads of cross-attention have most of their weight on words that belong together, many times the share of equal weights. In the first layer the same relation is there, weaker. Then the encoder: each head spreads its weight over several things, and most look at their own position more than equal weights would. The heads are not the tidy specialists that one picture may suggest.
+# Start at the bottom. In the second layer the four heads of cross-attention have most of their weight on words that belong together, many times the share of equal weights. In the first layer the same relation is there, weaker. Then the encoder: each head spreads its weight over several things, and all look at their own position more than equal weights would. So a head does several things, and not one, as a picture may suggest.
 #
 # One column can mislead. In the decoder some heads have a large share on *linked* words. But such English words stand side by side, as in *wants to*. A head that looks at the word just read gets those shares without knowing any links; the column *same* is large for these heads too. A statistic shows where a head looks, and not which rule it follows.
 #
@@ -423,7 +423,7 @@ def draw_statistics(heads: Sequence[HeadStatistics], chance: Sequence[HeadStatis
 # \mathrm{MultiHead} = \sum_{h=1}^{H} \mathrm{head}_h\, W^O_h
 # $$ (eq-sum-of-heads)
 #
-# where $W^O_h$ are the $d$ rows of $W^O$ that belong to head $h$. To remove a head is to drop its term. A hook on the last projection does that from outside, by setting the head's slice to zero.
+# where $W^O_h$ are the $d$ rows of $W^O$ that belong to head $h$. Our last projection also has a bias, which belongs to no head and stays when heads are removed. To remove a head is to drop its term. A hook on the last projection does that from outside, by setting the head's slice to zero.
 
 # %%
 @contextmanager
@@ -570,9 +570,9 @@ def draw_removals(costs: Mapping[Head, float]) -> "Figure":
 #     )
 
 # %% [markdown]
-# A bar that is missing in {numref}`fig-removed-alone` stands for a head that costs nothing, or whose removal even helps a little. Look at the scale: the bars are small beside $\ln V$, the loss of a model that knows nothing. What one head did, the others and the direct way of the residuals mostly make up for.
+# A bar that is missing in {numref}`fig-removed-alone` stands for a head that costs nothing, or whose removal even helps a little. The axis is logarithmic: a bar half as high is a cost many times smaller. Beside the loss of a model that knows nothing, $\ln V$, all costs are small. Beside this model's own loss, printed above, the largest are not. Even so, most translations stay right. What one head did, the others and the direct way of the residuals mostly make up for.
 #
-# The two lines above put the two questions side by side. In cross-attention the head that looks most at linked words is also one that is missed. In the decoder it is not so: looking at linked words and being needed are two things.
+# The two lines above put the two questions side by side. In cross-attention the head that looks most at linked words is also the one that is missed most. In the decoder it is not so: looking at linked words and being needed are two things.
 #
 # ## How many can go?
 #
@@ -635,11 +635,11 @@ def greedy_removal(
 # %% [markdown]
 # The order was chosen on one set of sentences, and the curve of {numref}`fig-removal-curve` is measured on the first hundred of another. Well chosen, a quarter of the heads can go and nearly all translations stay right. In each of the three random orders the same number costs more. And at the right end the attention is gone and nothing works: redundant does not mean useless.
 #
-# The lists above the figure name the first and the last. Several of the first to go are in the encoder. Among the last are heads of the second layer's cross-attention, without which the decoder does not know what the source says.
+# The lists above the figure name the first and the last. Several of the first to go are in the encoder. The first to go need not be the cheapest of {numref}`fig-removed-alone`: the order is measured on other sentences, and costs this small differ from set to set. Among the last are heads of the second layer's cross-attention: by then they are among the last ways from the source to the decoder.
 #
 # ## Is a dark cell a reason?
 #
-# The pictures invite a sentence such as *it said "ball" because it looked at "Ball"*. Test it. For each word that the model says, hide one German word and see how far the probabilities of the next word move. If the weight told how important a word is, heavy words would move much and light ones little.
+# The pictures invite a sentence such as *it said "ball" because it looked at "Ball"*. Test it. For each word that the model says, hide one German word and see how far the probabilities for this word move. If the weight told how important a word is, heavy words would move much and light ones little.
 #
 # There are two ways to hide a word. Hide its *vector* from the decoder: no cross-attention can fetch it, but its neighbours' vectors were made in its presence. Or hide the *word* from the whole model, encoder included. How far two distributions $p$ and $p'$ are apart is measured by their *total variation*, $\tfrac{1}{2} \sum_w |p_w - p'_w|$: 0 if they agree, 1 if they exclude each other. To compare weights and effects we take their *rank correlation*: 1 if both put all pairs into the same order, 0 if the orders have nothing to do with each other.
 
@@ -731,13 +731,13 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 #     strict=True,
 # ):
 #     ax.scatter(weight[some], effect[some], s=3, alpha=0.4)
-#     ax.set(xlabel="weight of cross-attention", title=name)
+#     ax.set(xlabel="mean weight of all heads", title=name)
 # axes[0].set_ylabel("effect on the prediction");
 
 # %% [markdown]
-# In this model, on this language, the mean weight is a fair guide: see the last line of the first table. This is the most favourable case. Each English word has its German word, and cross-attention is the only way by which the source can reach the target. Even so it fails in two ways.
+# In this model, on this language, the mean weight is a fair guide: see the last line of the first table. This is the most favourable case. Nearly every English word has one or two German words, and cross-attention is the only way by which the source can reach the target. Even so it fails in two ways.
 #
-# It fails for single heads. Their lines differ widely, and for heads of the first layer the heaviest position is often not the one that matters. Whoever shows the map of one head shows one of these lines without saying which.
+# It fails for many single heads. In the second layer the heaviest position is mostly the one that matters. In the first layer it often is not. A picture of one head does not show which kind of head it is.
 #
 # And it fails for single words, as {numref}`fig-weight-effect` shows. Between a weight of 0.2 and 0.5 the lower and the upper quantile are nearly nothing and nearly everything. The last line of the second table counts words that were hardly looked at and yet decide the prediction, and words that were looked at most and do not matter. Note too that the two effects differ: hiding a vector is not hiding a word, because neighbours have mixed in what they saw.
 #

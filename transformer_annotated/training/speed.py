@@ -3,12 +3,12 @@ r"""
 # Speed
 
 Where the time of a training step goes, and what gives some of it back without changing what is computed: a fused
-norm, a cheaper dropout, 16 bits where they suffice, and memory that is kept.
+norm, a cheaper dropout, memory that is kept, and, at the price of some digits, 16 bits.
 """
 
 # %% [markdown]
-# A run of a day that could take half a day is a second experiment not made. But a fast step that computes something else is no gain at all. So this chapter changes one part at a
-# time, proves that the function stayed the same, and measures.
+# If a run takes a day and could take half a day, one experiment is lost. But a fast step that computes something else is no gain at all. So this chapter changes one part at a
+# time, proves that the function stayed the same where it did, and measures.
 
 # %% mystnb={"figure": {"caption": "Chapter 17 of Part II: the same step in less time.", "name": "fig-map-speed"}, "image": {"alt": "Thirteen boxes in a row, one a chapter. The sixth, Speed, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -127,7 +127,7 @@ def race(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
 #
 # ## Operation by operation
 #
-# Where is the rest? PyTorch calls a few dozen kinds of operations, and lets us stand in the way of every call: a *dispatch mode* is asked instead of the operation. Ours starts the clock, calls the operation, and stops the clock.
+# Where is the rest? PyTorch calls a few dozen kinds of operations, and lets us intercept every call: a *dispatch mode* is asked instead of the operation. Ours starts the clock, calls the operation, and stops the clock.
 
 # %%
 class OperationTimes(TorchDispatchMode):
@@ -210,7 +210,7 @@ class FusedNorm(LayerNorm):
 # %% [markdown]
 # ## Dropout
 #
-# Dropout should cost next to nothing: a zero or a one for each number, and a product. It does not, because of the zeros and ones. PyTorch draws for each a random number of its own, and on a CPU that takes longer than everything else together.
+# Dropout should cost next to nothing: a zero or a one for each number, and a product. It does not, because of the zeros and ones. PyTorch draws for each a random number of its own, and on a CPU that takes longer than the rest of dropout.
 #
 # A random number has 64 bits, and a mask needs few. With 16 bits for each element, one draw serves four. Say the rate is one tenth. Of the 65,536 values of 16 bits, 6,554 shall mean *drop*. By hand, for one word:
 
@@ -222,7 +222,7 @@ class FusedNorm(LayerNorm):
 # print("kept        ", (quarters >= -(2**15) + 6554).int().tolist())
 
 # %% [markdown]
-# Two details matter. `random_()` without arguments draws numbers that are not negative: the first bit is always 0, and one quarter in four would never be dropped. And the comparison itself is slow here, since it makes a tensor of bool that must be turned to numbers again. `clamp` does it in whole numbers. If everything below $l$ becomes $l$ and everything above $l + 1$ becomes $l + 1$, then subtracting $l$ leaves 0 and 1.
+# Two details matter. `random_()` without arguments draws numbers that are not negative: the first of the 64 bits is always 0. Then one of the four 16-bit numbers is never negative. At a rate of one tenth only negative numbers mean *drop*, so one element in four would never be dropped. And the comparison itself is slow here, since it makes a tensor of bool that must be turned to numbers again. `clamp` does it in whole numbers. Let $l$ be the largest number that means *drop*. `clamp` turns everything below $l$ into $l$ and everything above $l + 1$ into $l + 1$. Subtract $l$, and 0 and 1 are left.
 
 # %%
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -273,7 +273,7 @@ class FastDropout(nn.Dropout):
 #     print(f"p = {p}: {zeros} of 65536 values mean drop, a rate of {zeros / 2**16:.6f}")
 
 # %% [markdown]
-# And on draws: the share of zeros, each of the four quarters for itself, neighbours that know nothing of one another, and the same zeros again from the same seed.
+# And on draws: the share of zeros, each of the four quarters for itself, neighbours that are independent, and the same zeros again from the same seed.
 
 # %% tags=["active-ipynb"]
 # draws = 1_000_000
@@ -387,7 +387,7 @@ FAST = {
 #         )
 
 # %% [markdown]
-# Whether a run ends as well shows only at the end of a run. What 16 bits give in speed depends on the machine, and on the share of the step that they touch. So put everything together, one change more in each line, beginning with a loss that makes all logits at once:
+# Whether the trained model is as good, only a whole run can tell. What 16 bits give in speed depends on the machine, and on the share of the step that they touch. So put everything together, one change more in each line, beginning with a loss that makes all logits at once:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.paper.transformer import SDPA
@@ -463,7 +463,7 @@ def attention_times(lengths: list[int], rounds: int, tokens: int = 2048) -> dict
 # ax.legend();
 
 # %% [markdown]
-# Above the line in {numref}`fig-attention-speed`, SDPA is faster. So `FAST` does not decide: sentences of thirty words and documents of a thousand want different things, and `SDPA` is one patch more. The two go together in any order.
+# Above the line in {numref}`fig-attention-speed`, SDPA is faster. The figure measures attention alone, without a mask; in a whole step with masks the order at thirty tokens can be another. So `FAST` does not decide: sentences of thirty words and documents of a thousand want different things, and `SDPA` is one patch more. The two go together in any order.
 #
 # ## Memory that is kept
 #
@@ -504,10 +504,10 @@ def keep_memory() -> bool:
 #             print("the library took the request:", keep_memory())
 #         times = race(cases, rounds)
 #         for name, run in cases.items():
-#             print(f"{when:8s}{name:26s}{faults(run):8,} page faults {median(times[name]):7.3f} s")
+#             print(f"{when:8s}{name:26s}{faults(run):8,} page fault(s) {median(times[name]):7.3f} s")
 
 # %% [markdown]
-# A step gains as far as it makes large tensors, and the largest are the logits of a whole batch. A chunked loss makes none of that size, which is one more of its merits. Nothing about the numbers changes, and every library that runs in the same process gains as well. The price: what a run needed at its largest moment stays with it.
+# A step gains as far as it makes large tensors, and the largest are the logits of a whole batch. A chunked loss makes none of that size, which is one more of its merits. Nothing about the numbers changes. Where the memory was kept already, before the call, the two halves of the output are alike and their difference is chance. The price: what a run needed at its largest moment stays with it.
 #
 # ## What is left
 #
@@ -582,9 +582,9 @@ def draw_kinds(measured: Mapping[str, Mapping[str, float]]) -> Any:
 #     assert measured["FAST"]["random numbers"] < measured["Part I"]["random numbers"]
 
 # %% [markdown]
-# Read {numref}`fig-step` bar by bar. The blue piece is the same work in each pair: nobody may remove it. The patch shortens the random numbers and the single operations. In 16 bits the blue piece is shorter, so everything else weighs more. By {eq}`eq-amdahl`, this is also the end of the road for such exchanges: faster than the blue piece alone needs fewer multiplications, or another machine.
+# Read {numref}`fig-step` bar by bar. The blue piece is the same work in each pair: nobody may remove it. Between the two bars lie two changes. The chunked loss shortens the softmax. The patch shortens the random numbers and the small operations. In 16 bits the blue piece is shorter, so everything else weighs more. By {eq}`eq-amdahl`, this gives a limit: if everything else took no time, the blue piece alone would be left. More than that needs fewer multiplications, or another machine.
 #
-# `torch.compile` writes fused operations by itself. On a CPU it needs a C++ compiler, and the first step waits for it. The trainer of Chapter 19 has it as an option; we did not find a place for it in `FAST`.
+# `torch.compile` writes fused operations by itself. On a CPU it needs a C++ compiler, and the first step waits for it. The trainer of Chapter 19 has it as an option. It has not been measured for this page.
 #
 # ## Side by side
 #
@@ -616,7 +616,7 @@ def draw_kinds(measured: Mapping[str, Mapping[str, float]]) -> Any:
 #     table(line)
 
 # %% [markdown]
-# Read a table from top to bottom: fastest first. A ratio below 1 is slower than this book. The share of peak says how much room is left to anybody. Where ranges overlap, call it level.
+# Rows are sorted by their median. The ratio to this book is taken in each round, and its median is printed; so it can differ a little from the ratio of the medians. Below 1 is slower than this book. The share of peak says how much room is left to anybody; the bench measures the peak anew in its own rounds. Where ranges overlap, or order and ratio disagree, call it level.
 #
 # Decoding comes with Chapters 20 and 21, but its measurements belong here. Every library translates 30 tokens to exactly 30.
 
@@ -642,7 +642,7 @@ def draw_kinds(measured: Mapping[str, Mapping[str, float]]) -> Any:
 # ## Takeaways
 #
 # - Count first: operations divided by peak is the least time.
-# - What is not a matrix product waits for memory. Fused operations touch memory less.
+# - Most of what is not a matrix product waits for memory. Fused operations touch memory less.
 # - 16 random bits make a mask; torch's generator makes it repeatable.
 # - One change, one proof, one measurement. Medians, turns, and the spread.
 #
@@ -652,8 +652,7 @@ def draw_kinds(measured: Mapping[str, Mapping[str, float]]) -> Any:
 # from transformer_annotated.book import check
 
 # %% [markdown]
-# **Exercise 17.1.** A footnote of section 6.1 takes 9.5 million million operations a second for a P100. How many operations do eight of them do in the twelve hours of the base model? Compare with Table 2. How many
-# would one do in a day? Answer with the two numbers.
+# **Exercise 17.1.** A footnote of section 6.1 takes 9.5 million million operations a second for a P100. How many operations do eight of them do in the twelve hours of the base model? Compare with Table 2. How many does one card do in a day? Answer with the two numbers.
 
 # %% tags=["active-ipynb"]
 # answer = ...

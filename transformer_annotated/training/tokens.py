@@ -690,6 +690,14 @@ class EncodedSplit(Sequence[Ids]):
         return source, target
 
     @cached_property
+    def sha256(self) -> str:
+        """The fingerprint of all ids, in their order."""
+        digest = hashlib.sha256()
+        for tensor in (*self.ids, *self.offsets):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each source and target, special ones not counted: int64 `(N, 2)`."""
         return torch.stack([offset.diff() for offset in self.offsets], dim=1)

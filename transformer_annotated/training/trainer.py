@@ -24,13 +24,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -45,12 +45,17 @@ from transformer_annotated.paper.transformer import Layer, Transformer
 from transformer_annotated.training.batching import TokenBatchSampler
 from transformer_annotated.training.checkpoints import (
     latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
+    load_weights,
+    order,
+    remove,
     save_checkpoint,
 )
 from transformer_annotated.training.objective import CrossEntropy, LossSum, Objective
 from transformer_annotated.training.schedule import Schedule, adam, clip_gradients, set_rate
 from transformer_annotated.training.speed import keep_memory
+from transformer_annotated.training.tokens import EncodedSplit
 
 # %% [markdown]
 # ## What decides a run
@@ -262,8 +267,18 @@ def join_world() -> tuple[int, int]:
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.device_count()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= here else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def own_group(worker: int) -> None:
+    """Keep signals to the run's process group from a data loader's worker: the trainer ends it."""
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 # %% [markdown]
 # Metrics go to a text file, one JSON object a line, because everything can read that. A killed process may leave half a line, and lines of steps that no checkpoint holds. On a resume both are cut off, and the steps are computed again.
@@ -301,15 +316,19 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off is left out."""
+    """The lines of a metrics file; a last line that was cut off is left out.
+
+    Raises ValueError for a damaged line that is not the last one.
+    """
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a damaged line: {error.doc!r}") from error
+    with suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
     return rows
 
 # %% [markdown]
@@ -355,7 +374,7 @@ class Trainer:
 
     Args:
         model: trained in place.
-        data: encoded pairs with `lengths` `(N, 2)`, such as an `EncodedSplit`.
+        data: encoded pairs, an `EncodedSplit`.
         config: how to train.
         folder: where checkpoints and metrics go; made if it is not there.
         schedule: the learning rate of step 1, 2, 3, ...
@@ -379,7 +398,7 @@ class Trainer:
     def __init__(
         self,
         model: Transformer,
-        data: Any,
+        data: EncodedSplit,
         config: TrainConfig,
         folder: Path | str,
         *,
@@ -399,7 +418,7 @@ class Trainer:
                 f"accumulate must be a multiple of the {self.size} processes, "
                 f"got {config.accumulate}"
             )
-        self.device = torch.device(device or default_device(self.rank))
+        self.device = torch.device(device or default_device())
         self.model, self.data, self.config = model.to(self.device), data, config
         self.folder, self.schedule, self.evaluate = Path(folder), schedule, evaluate
         self.objective = objective or CrossEntropy()
@@ -417,9 +436,11 @@ class Trainer:
     def _identity(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that decides the numbers of this run, as JSON values."""
         train = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        longest = [int(n) for n in self.data.lengths.sum(dim=0)]
+        objective = getattr(self.objective, "__qualname__", None) or repr(self.objective)
+        optimizer = {k: repr(v) for k, v in self.optimizer.defaults.items() if k != "lr"}
         mine = {"model": json.loads(to_json(self.model.config)), "train": train,
-                "pairs": len(self.data), "pieces": longest, "objective": repr(self.objective),
+                "data": self.data.sha256, "objective": objective, "processes": self.size,
+                "optimizer": {"class": type(self.optimizer).__name__, **optimizer},
                 **more}  # fmt: skip
         return json.loads(json.dumps(mine, allow_nan=False))
 
@@ -431,9 +452,16 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss or gradient that is not finite; see `update`.
+            ValueError: the folder holds a later checkpoint, or another process trains in it, or
+                the processes do not stand at the same step.
         """
-        keep_memory()  # Chapter 17: tensors of a step lie where those of the last one lay
+        keep_memory()  # Chapter 17; for the whole Python process
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._check_place()
+            self._train()
+
+    def _train(self) -> None:
         loss_of: nn.Module = LossOf(self.model, self.objective)
         if self.size > 1:
             loss_of = DistributedDataParallel(loss_of)
@@ -443,11 +471,13 @@ class Trainer:
         saved, limit = self.step, (self.config.minutes or math.inf) * 60 + time.monotonic()
         try:
             with stop_on_signal() as received, self._bar() as bar:
-                groups = self._groups()
+                groups, began = self._groups(), time.perf_counter()
                 while self.step < self.config.steps:
                     if self._agreed(bool(received) or time.monotonic() > limit):
                         break
                     row = self._take_step(loss_of, *next(groups))
+                    row["tokens_s"] = row["tokens"] / (time.perf_counter() - began)
+                    began = time.perf_counter()
                     if metrics is not None:
                         metrics.write(self.step, **row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_s']:,.0f}")
@@ -457,6 +487,8 @@ class Trainer:
                     if self.step % self.config.save_every == 0:
                         self.save()
                         saved = self.step
+                    if self.step == saved or self.step % self.config.validate_every == 0:
+                        began = time.perf_counter()  # neither belongs to a step
                 self.stopped_by = received[0] if received else None
                 if saved < self.step:
                     self.save()
@@ -466,8 +498,8 @@ class Trainer:
                 metrics.close()
 
     def _take_step(self, loss_of: nn.Module, batches: list[Batch], tokens: int) -> dict[str, float]:
-        """One step: its loss, its rate, its gradient's norm, its speed."""
-        began, step, config = time.perf_counter(), self.step + 1, self.config
+        """One step: its loss, its rate, its gradient's norm, its number of words."""
+        step, config = self.step + 1, self.config
         self.model.train()
         torch.manual_seed(step_seed(config.seed, step, self.rank))
         total = gradient(loss_of, batches, tokens, precision=config.precision)
@@ -478,9 +510,7 @@ class Trainer:
         norm = update(self.optimizer, rate, config.clip_norm, step, loss)
         self.step, self.tokens = step, self.tokens + tokens
         self._advance()
-        seconds = time.perf_counter() - began
-        return {"loss": loss, "nll": nll, "rate": rate, "norm": norm, "tokens": tokens,
-                "tokens_s": tokens / seconds}  # fmt: skip
+        return {"loss": loss, "nll": nll, "rate": rate, "norm": norm, "tokens": tokens}
 
     def _groups(self) -> Iterator[tuple[list[Batch], int]]:
         """For each step from here on: this process's micro-batches, and the tokens of all."""
@@ -488,8 +518,8 @@ class Trainer:
         mine = islice(index_stream(self.batches_of, *place), self.rank, None, self.size)
         loader = iter(
             DataLoader(
-                self.data, batch_sampler=mine, collate_fn=collate, num_workers=config.workers,
-                pin_memory=self.device.type == "cuda",
+                cast(Any, self.data), batch_sampler=mine, collate_fn=collate, num_workers=config.workers,
+                worker_init_fn=own_group,
             )  # any iterable of index lists will do
         )  # fmt: skip
         everyone = index_stream(self.batches_of, *place)
@@ -505,6 +535,36 @@ class Trainer:
         while self.index >= len(self.batches_of(self.epoch)):
             self.index -= len(self.batches_of(self.epoch))
             self.epoch += 1
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one run at a time write into the folder; the first process holds the lock."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self.folder / ".lock", timeout=0) if self.rank == 0 else nullcontext():
+                yield
+        except Timeout:
+            raise ValueError(f"another process trains in {self.folder}") from None
+
+    def _check_place(self) -> None:
+        """Refuse to overwrite later steps, and to train from different places."""
+        later = [path.name for path in list_checkpoints(self.folder) if order(path)[0] > self.step]
+        if later and self.rank == 0:
+            raise ValueError(
+                f"{self.folder} holds later checkpoints than step {self.step}, up to {later[-1]}: "
+                "resume, or choose another folder"
+            )
+        if self.size > 1:
+            here = torch.tensor([self.step, self.epoch, self.index], device=self.device)
+            least, most = here.clone(), here.clone()
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            if not torch.equal(least, most):
+                raise ValueError(
+                    "the processes stand at different steps, epochs or places: "
+                    f"{least.tolist()} to {most.tolist()}"
+                )
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process wants to stop."""
@@ -534,16 +594,27 @@ class Trainer:
         return read_metrics(self.folder / "metrics.jsonl")
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step; in the first process only."""
+        """Write a checkpoint of this step; in the first process only.
+
+        The newest `keep` regular ones stay, those of every `save_every` steps. One that was written
+        because the run was stopped comes on top, and goes when the next one is there. So what
+        stays in the end does not depend on when a run was stopped.
+        """
         path = None
         if self.rank == 0:
+            regular = self.config.save_every
+            stops = [p for p in list_checkpoints(self.folder) if order(p)[0] % regular]
+            stops = [p for p in stops if order(p)[0] != self.step]
+            keep = self.config.keep + len(stops) + bool(self.step % regular)
             state = {"step": self.step, "epoch": self.epoch, "index": self.index,
                      "tokens": self.tokens, "identity": self.identity}  # fmt: skip
             path = save_checkpoint(
                 self.folder, self.step, model=self.model, config=self.model.config,
                 tokenizer_json=self.tokenizer_json, state=state,
-                training=optimizer_tensors(self.model, self.optimizer), keep=self.config.keep,
+                training=optimizer_tensors(self.model, self.optimizer), keep=keep,
             )  # fmt: skip
+            for stop in stops:
+                remove(stop)
         if self.size > 1:
             dist.barrier()
         return path
@@ -565,21 +636,26 @@ class Trainer:
         state, tensors = checkpoint.state, checkpoint.training
         if tensors is None:
             raise ValueError(f"{chosen} holds weights alone: there is no training to resume")
+        missing = {"step", "epoch", "index", "tokens", "identity"} - state.keys()
+        if missing:
+            raise ValueError(f"{chosen} was not written by a Trainer: {sorted(missing)} missing")
         differences = list(compare(state["identity"], self.identity))
         if checkpoint.tokenizer_json != self.tokenizer_json:
             differences.append("the tokenizer")
         if differences and not force:
             raise ValueError(f"{chosen} is another run; it differs in " + "; ".join(differences))
-        self.model.load_state_dict(checkpoint.model)
+        load_weights(self.model, checkpoint.model)
         restore_optimizer(self.model, self.optimizer, tensors)
         self.step, self.tokens = state["step"], state["tokens"]
         self.epoch, self.index = state["epoch"], state["index"]
+        if self.index >= len(self.batches_of(self.epoch)):  # forced, and the batches are others
+            self.epoch, self.index = self.epoch + 1, 0
         return True
 
 # %%
-def default_device(rank: int = 0) -> str:
+def default_device() -> str:
     """The GPU of this process, or the CPU."""
-    return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def compare(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -881,7 +957,7 @@ def validation_loss(model: Transformer, data: Sequence[Ids], *, max_tokens: int 
 # assert worst < 1e-5
 
 # %% [markdown]
-# With two processes even the last bit may agree: a sum of two numbers does not depend on their order. With more it does, and then the losses are close and not equal.
+# With two processes even the last bit may agree: a sum of two numbers does not depend on their order. With more it does, and then the losses are close and not equal. For the same reason a resume is exact to the last bit on one process and on two; with three and more, `DistributedDataParallel` may add in another order after a restart.
 #
 # ## What a step costs beside the step
 #
