@@ -908,7 +908,7 @@ def draw_groups(sizes: Sequence[int]) -> "Figure":
 #
 # $$
 # u(s) = \mathrm{SHA256}(s)_{\text{first 64 bits}} \,/\, 2^{64}
-# $$ (eq-share)
+# $$ (eq-test-share)
 #
 # Below 0.01 it is the test, below 0.02 validation, else training. When the file grows, old groups stay where they were unless new lines join them. Of a group outside training only one pair is kept, so that no sentence is counted twice.
 

@@ -590,7 +590,7 @@ class CrossEntropy:
 #     peaks[name].append(float(megabytes))
 #     print(f"{name:8s}{int(n):6,} tokens: {float(megabytes):6,.0f} MB")
 
-# %% mystnb={"figure": {"caption": "Peak memory of the process: with all logits it grows with every token, in chunks it stays.", "name": "fig-memory"}, "image": {"alt": "Two lines over the number of tokens. The plain one rises in a straight line; the chunked one is flat."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Peak memory of the process: with all logits it grows with every token, in chunks it stays.", "name": "fig-logits-memory"}, "image": {"alt": "Two lines over the number of tokens. The plain one rises in a straight line; the chunked one is flat."}} tags=["active-ipynb", "nbval-ignore-output"]
 # fig, ax = plt.subplots(figsize=(7.2, 2.8))
 # for name, values in peaks.items():
 #     ax.plot(counts, values, "o-", label=name)
@@ -598,7 +598,7 @@ class CrossEntropy:
 # ax.legend();
 
 # %% [markdown]
-# The level of the flat line in {numref}`fig-memory` is Python, PyTorch, the weight (here with $D = 64$), its gradient, and one chunk of logits with its log-probabilities. The peak never falls, so the first plain line only says that 256 tokens need no more than the chunks did; the lines after it show the growth. Each further token costs the chunked way nothing that can be seen.
+# The level of the flat line in {numref}`fig-logits-memory` is Python, PyTorch, the weight (here with $D = 64$), its gradient, and one chunk of logits with its log-probabilities. The peak never falls, so the first plain line only says that 256 tokens need no more than the chunks did; the lines after it show the growth. Each further token costs the chunked way nothing that can be seen.
 #
 # Is it slower? At sizes of Multi30k, with the clock of the processor and one thread, forward and backward, medians of interleaved runs:
 
