@@ -468,7 +468,7 @@ def interval(scores: Tensor) -> tuple[float, float]:
 # print(signature["BLEU"])
 
 # %% [markdown]
-# A caution. The bootstrap knows about the choice of sentences. It does not know that training again, with another seed, gives another model. For that there is only one way: train again. Chapter 23 trains with three seeds.
+# A caution. The bootstrap knows about the choice of sentences. It does not know that training again, with another seed, gives another model. For that there is only one way: train again. Chapter 23 lists runs with three seeds, for a GPU.
 #
 # ## Five ways to cut
 #
