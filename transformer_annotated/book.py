@@ -3,13 +3,14 @@
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Literal
 
 import torch
 
-__all__ = ["check", "machine", "results", "scale"]
+__all__ = ["check", "commit", "machine", "results", "scale"]
 
 
 def scale() -> Literal["short", "full"]:
@@ -50,6 +51,17 @@ def results(name: str) -> list[dict[str, Any]]:
     """
     path = Path(__file__).resolve().parent.parent / "book" / "results" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def commit() -> str:
+    """The commit this checkout stands at, with "-dirty" where files differ; or "unknown"."""
+    folder = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -17,7 +17,6 @@ WMT 2014 with a prediction of what it would cost.
 
 # %%
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from transformer_annotated.book import machine
+from transformer_annotated.book import commit, machine
 from transformer_annotated.paper.parts import check_rate, check_sizes, patch
 from transformer_annotated.paper.toy import collate
 from transformer_annotated.paper.transformer import PAPER_BASE, Config, Transformer
@@ -453,17 +452,6 @@ def summary(trainer: Trainer, points: int = 100) -> dict[str, Any]:
         ],
     }
 
-
-def commit() -> str:
-    """The commit this checkout stands at, with "-dirty" where files differ; or "unknown"."""
-    folder = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
 # %% [markdown]
 # With several processes all of them train, and the first one scores and writes.
 
@@ -507,6 +495,7 @@ if __name__ == "__main__":
 #     TOY,
 #     model=ModelOptions(32, 1, 2, 64, dropout=0.0),
 #     train=replace(TOY.train, steps=8, save_every=4, validate_every=4),
+#     warm_up=2,
 # )
 # with tempfile.TemporaryDirectory() as name:
 #     work, lines = Path(name) / "runs", Path(name) / "results.jsonl"
@@ -578,19 +567,22 @@ if __name__ == "__main__":
 #
 # Numbers hide a lot. The first test sentences, both ways:
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # for line in small:
-#     pairs = open_corpus("multi30k", line["recipe"]["source"], line["recipe"]["target"]).pairs(
-#         "test"
-#     )
+#     corpus = open_corpus("multi30k", line["recipe"]["source"], line["recipe"]["target"])
+#     if corpus.missing("test"):
+#         print("Multi30k is not at hand")
+#         break
 #     print(line["run"])
-#     for (source, reference), ours in list(zip(pairs, line["translations"], strict=False))[:4]:
+#     for (source, reference), ours in list(
+#         zip(corpus.pairs("test"), line["translations"], strict=False)
+#     )[:4]:
 #         print("   ", source, "\n       model     ", ours, "\n       reference ", reference)
 
 # %% [markdown]
 # ## One change at a time
 #
-# Two rows of the kind that papers have, in 1,000 steps, so that three runs take less time than one of the above: three tables instead of one shared table, and R-Drop. R-Drop passes each batch through the model twice, so a step costs more; the last column shows it.
+# A row of the kind that papers have, in 1,000 steps, so that it takes less time than the runs above: three tables instead of one shared table. `RUNS` has a third, `brief-r-drop`; it has not been run to its end yet, and appears here when it has.
 
 # %% tags=["active-ipynb"]
 # brief = [stored[name] for name in ("brief", "brief-no-sharing", "brief-r-drop") if name in stored]
@@ -608,7 +600,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # All with beam 4. The column of means shows when *not* to average: in so short a run the older checkpoints are much worse models, and their mean with the last one is worse than the last one alone.
 #
-# One seed each, and short runs. A difference of less than a point between two rows can be the seed. Whether R-Drop pays at the length for which it was proposed, these short runs cannot say.
+# One seed each, and short runs. A difference of less than a point between two rows can be the seed. What sharing does in a long run, these short ones cannot say.
 #
 # ## What a GPU has not yet measured
 #
@@ -684,7 +676,7 @@ def throughput(recipe: Recipe, *, pairs: int, length: int = 32, steps: int = 3) 
 #     f"{'':6s}{'paper, tokens/s':>17s}{'paper, hours':>14s}{'here, tokens/s':>16s}{'here, days':>12s}"
 # )
 # for name, (recipe, hours) in paper.items():
-#     its_rate = recipe.train.steps * recipe.train.max_tokens / hours / 3600
+#     its_rate = predicted_hours(recipe, 1.0) / hours  # tokens over seconds
 #     if scale() == "full":
 #         ours = throughput(recipe, pairs=16)
 #         days = predicted_hours(recipe, ours) / 24
