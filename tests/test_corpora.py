@@ -263,7 +263,7 @@ def test_a_file_is_downloaded_once() -> None:
         assert at_hand(remote) is None
         for _ in range(2):
             assert obtain(remote) == [data / "some" / "x.gz"]
-        assert (data / "some" / "x.gz").read_bytes() == DATA
+        assert same((data / "some" / "x.gz"), DATA)
         assert mirror.asked == [("/x.gz", None)]
         assert names(data) == {"some/x.gz"}
 
@@ -272,7 +272,7 @@ def test_a_broken_connection_is_taken_up_again() -> None:
     with home() as data, served() as mirror:
         mirror.files["/x.gz"], mirror.breaks = DATA, [70_000, 0, 60_000]
         fetch(Remote("x.gz", f"{mirror.url}/x.gz", sha256(DATA)))
-        assert (data / "x.gz").read_bytes() == DATA
+        assert same((data / "x.gz"), DATA)
         assert [r for _, r in mirror.asked] == [
             None, "bytes=70000-", "bytes=70000-", "bytes=130000-",
         ]  # fmt: skip
@@ -288,15 +288,20 @@ def test_a_later_process_goes_on() -> None:
             fetch(remote)
         assert names(data) == {"x.gz.part", "x.gz.part.json"}
         mirror.asked.clear()
-        assert fetch(remote).read_bytes() == DATA
+        assert same(fetch(remote), DATA)
         assert mirror.asked == [("/x.gz", "bytes=90000-")]
         assert names(data) == {"x.gz"}
+
+
+def same(path: Path, data: bytes) -> bool:
+    """Whether a file holds these bytes. (A plain == would let pytest print their difference.)"""
+    return path.read_bytes() == data
 
 
 def test_a_server_that_sends_the_whole_file_again_is_obeyed() -> None:
     with home(), served() as mirror:
         mirror.files["/x.gz"], mirror.breaks, mirror.knows_ranges = DATA, [70_000], False
-        assert fetch(Remote("x.gz", f"{mirror.url}/x.gz")).read_bytes() == DATA
+        assert same(fetch(Remote("x.gz", f"{mirror.url}/x.gz")), DATA)
         assert [r for _, r in mirror.asked] == [None, "bytes=70000-"]
 
 
@@ -309,7 +314,7 @@ def test_halves_of_two_files_are_never_joined() -> None:
         with pytest.raises(OSError, match="cannot download"):
             fetch(remote)
         mirror.files["/x.gz"] = new
-        assert fetch(remote).read_bytes() == new
+        assert same(fetch(remote), new)
 
 
 def test_a_kill_between_two_versions_does_not_join_them() -> None:
@@ -326,7 +331,7 @@ def test_a_kill_between_two_versions_does_not_join_them() -> None:
             pytest.raises(KeyboardInterrupt),
         ):
             fetch(remote)
-        assert fetch(remote).read_bytes() == new
+        assert same(fetch(remote), new)
 
 
 def test_joined_halves_are_found_by_their_sum() -> None:
@@ -343,7 +348,7 @@ def test_joined_halves_are_found_by_their_sum() -> None:
             fetch(remote)
         mirror.files["/x.gz"] = new
         mirror.asked.clear()
-        assert fetch(remote).read_bytes() == new
+        assert same(fetch(remote), new)
         assert [r for _, r in mirror.asked] == ["bytes=70000-", None]
 
 
@@ -354,7 +359,7 @@ def test_a_part_that_is_whole_already_is_fetched_anew() -> None:
         version = f'"{hashlib.sha256(DATA).hexdigest()[:8]}"'
         put(data / "x.gz.part", DATA)
         put(data / "x.gz.part.json", json.dumps({"url": url, "version": version}).encode())
-        assert fetch(Remote("x.gz", url, sha256(DATA))).read_bytes() == DATA
+        assert same(fetch(Remote("x.gz", url, sha256(DATA))), DATA)
         assert [r for _, r in mirror.asked] == [f"bytes={len(DATA)}-", None]  # 416, then all
 
 
@@ -367,7 +372,7 @@ def test_a_part_of_unknown_origin_is_not_used(note: bytes) -> None:
         put(data / "x.gz.part", b"something else")
         if note:
             put(data / "x.gz.part.json", note)
-        assert fetch(Remote("x.gz", f"{mirror.url}/x.gz")).read_bytes() == DATA
+        assert same(fetch(Remote("x.gz", f"{mirror.url}/x.gz")), DATA)
         assert mirror.asked == [("/x.gz", None)]
 
 
@@ -445,7 +450,7 @@ def test_an_interrupted_download_is_not_at_its_place() -> None:
         ):
             fetch(remote)
         assert "x.gz" not in names(data)
-        assert fetch(remote).read_bytes() == DATA
+        assert same(fetch(remote), DATA)
 
 
 def test_bytes_are_on_the_disk_before_the_name_is() -> None:
@@ -458,7 +463,7 @@ def test_bytes_are_on_the_disk_before_the_name_is() -> None:
             done.append(name)
             if name == "replace":
                 assert Path(args[0]).parent == Path(args[1]).parent
-                assert Path(args[0]).read_bytes() == DATA
+                assert same(Path(args[0]), DATA)
             return real[name](*args)
 
         return call
@@ -493,7 +498,7 @@ def test_two_processes_download_once() -> None:
         ) as other:
             assert began.wait(60)
             assert obtain(Remote("x.gz", url)) == [data / "x.gz"]
-            assert (data / "x.gz").read_bytes() == DATA
+            assert same((data / "x.gz"), DATA)
             assert other.communicate()[0] == f"{len(DATA)}\n"
         assert mirror.asked == [("/x.gz", None)]
         assert names(data) == {"x.gz", "x.gz.sha256"}

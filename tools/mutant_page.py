@@ -17,9 +17,9 @@ would fail `make test`.
 
 A mistake is planted while the tests run: one piece of a function's text is replaced, the function
 is compiled again, and its code is exchanged until the test has failed. No file changes. The test
-must pass before, fail by an assertion in between (a crash does not count), and pass again
-afterwards. To add a mistake, add a row to `tests/mutants.py` or `tests/mutants_training.py` and run
-`python -m tools.mutant_page`.
+must pass before and fail by an assertion meanwhile (a crash does not count), and afterwards the
+function has its own code again. To add a mistake, add a row to `tests/mutants.py` or
+`tests/mutants_training.py` and run `python -m tools.mutant_page`.
 
 | Mistake | Where | Noticed by |
 | --- | --- | --- |
