@@ -457,7 +457,8 @@ def _(answer: Any) -> None:
     from transformer_annotated.training.reproduction import SMALL, replace
 
     hint = "A Recipe is asked for; `replace` makes one from another."
-    assert is_dataclass(answer) and not isinstance(answer, type), hint
+    assert is_dataclass(answer), hint
+    assert not isinstance(answer, type), hint
     train = replace(SMALL.train, steps=SMALL.train.steps // 5, seed=7)
     right = asdict(
         replace(SMALL, source="fr", target="en", warm_up=SMALL.warm_up // 5, train=train)
