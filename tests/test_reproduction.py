@@ -18,6 +18,7 @@ from transformer_annotated import (
     RDrop,
     Transformer,
     average_checkpoints,
+    beam_search,
     list_checkpoints,
     load_checkpoint,
     patch,
@@ -26,7 +27,7 @@ from transformer_annotated.paper.multi30k import paper_rate
 from transformer_annotated.paper.toy import UNK
 from transformer_annotated.paper.toy import split as sentences
 from transformer_annotated.training import reproduction
-from transformer_annotated.training.decoding import greedy_search
+from transformer_annotated.training.decoding import greedy_search, translate_ids
 from transformer_annotated.training.reproduction import (
     RUNS,
     SMALL,
@@ -35,7 +36,6 @@ from transformer_annotated.training.reproduction import (
     WMT14_BIG,
     ModelOptions,
     Recipe,
-    beam_four,
     main,
     make_trainer,
     predicted_hours,
@@ -43,7 +43,6 @@ from transformer_annotated.training.reproduction import (
     read_results,
     run,
     score_rows,
-    translate_split,
 )
 from transformer_annotated.training.tokens import encode_corpus, load_tokenizer, train_words
 
@@ -170,8 +169,10 @@ def test_translations_come_back_in_order() -> None:
     torch.manual_seed(0)
     model = Transformer(TINY.config(tokenizer.vocab_size)).eval()
     split = data.splits["test"]
-    for search in (greedy_search, beam_four):
-        together = translate_split(model, split, tokenizer, search, max_tokens=64)
+    for search in (greedy_search, lambda *args: beam_search(*args).ids):
+        together = translate_ids(
+            model, tokenizer, [source for source, _ in split], search=search, max_tokens=64
+        )
         assert len(together) == len(split)
         for i in (0, 5, 11):
             src = torch.tensor([split[i][0] + [2]])
@@ -203,7 +204,8 @@ def test_an_empty_source_gives_an_empty_translation() -> None:
     ids = (split.ids[0][int(split.offsets[0][1]) :], split.ids[1])
     without = type(split)(ids, offsets, split.sources, split.references)
     tokenizer = load_tokenizer(data.tokenizer_json)
-    texts = translate_split(Transformer(TINY.config(tokenizer.vocab_size)), without, tokenizer)
+    model = Transformer(TINY.config(tokenizer.vocab_size))
+    texts = translate_ids(model, tokenizer, [source for source, _ in without])
     assert texts[0] == ""
     assert len(texts) == len(split)
 

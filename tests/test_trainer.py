@@ -658,3 +658,14 @@ def test_more_processes_than_micro_batches(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "join_world", lambda: (0, 2))
     with pytest.raises(ValueError, match="accumulate must be a multiple of the 2 processes"):
         build(tmp_path)
+
+
+def test_the_number_of_processes_belongs_to_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout is drawn for each process, so a run with another number of them is another run."""
+    config = replace(CONFIG, accumulate=2)
+    build(tmp_path, replace(config, steps=2)).train()
+    monkeypatch.setattr(module, "join_world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="processes: 1 is now 2"):
+        build(tmp_path, config).resume()

@@ -753,9 +753,21 @@ def translate_texts(
             warnings.warn(f"sentence {i} is longer than {longest} tokens; the rest is left out",
                           stacklevel=2)  # fmt: skip
         sources.append(ids[:longest])
+    return translate_ids(model, tokenizer, sources, search=search, max_tokens=max_tokens)
+
+
+def translate_ids(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    sources: Sequence[list[int]],
+    *,
+    search: Search = greedy_search,
+    max_tokens: int = 4096,
+) -> list[str]:
+    """`translate_texts` for sources that are ids already, as an encoded corpus holds them."""
     filled = [i for i, ids in enumerate(sources) if ids]
     device = next(model.parameters()).device
-    output = [""] * len(sentences)
+    output = [""] * len(sources)
     with packed(model):
         for chosen in token_batches([len(sources[i]) + 1 for i in filled], max_tokens):
             rows = [filled[i] for i in chosen]

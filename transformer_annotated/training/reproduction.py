@@ -18,7 +18,6 @@ WMT 2014 with a prediction of what it would cost.
 # %%
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +36,12 @@ from transformer_annotated.training.checkpoints import (
     load_checkpoint,
 )
 from transformer_annotated.training.corpora import open_corpus
-from transformer_annotated.training.decoding import greedy_search
+from transformer_annotated.training.decoding import Search, greedy_search, translate_ids
 from transformer_annotated.training.objective import CrossEntropy, Objective, RDrop
 from transformer_annotated.training.schedule import Schedule, adam, cosine, inverse_square_root
 from transformer_annotated.training.speed import FAST
 from transformer_annotated.training.tokens import (
     EncodedCorpus,
-    EncodedSplit,
     Tokenizer,
     encode_corpus,
     load_tokenizer,
@@ -314,44 +312,14 @@ def make_trainer(
 # A split is translated from its stored ids, scored as text against the raw references, on validation and on test. Whatever is chosen, a number of checkpoints or a search, is chosen on validation.
 
 # %%
-Search = Callable[..., torch.Tensor]
-
-
-def beam_four(model: Transformer, src: torch.Tensor, src_padding: torch.Tensor) -> torch.Tensor:
-    """The best translations by the paper's search: beam 4, length penalty 0.6."""
-    return beam_search(model, src, src_padding).ids
-
-
-def translate_split(
-    model: Transformer,
-    split: EncodedSplit,
-    tokenizer: Tokenizer,
-    search: Search = greedy_search,
-    *,
-    max_tokens: int = 2048,
-) -> list[str]:
-    """Translate the encoded sources of a split, similar lengths together; text, in their order."""
-    device = next(model.parameters()).device
-    sources = [pair[0] for pair in split]
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    texts = [""] * len(sources)
-    while order:
-        size = max(1, max_tokens // (len(sources[order[-1]]) + 1))
-        chosen = [order.pop() for _ in range(min(size, len(order)))]
-        chosen = [i for i in chosen if sources[i]]
-        if chosen:
-            batch = collate([(sources[i], []) for i in chosen]).to(device)
-            for i, ids in zip(chosen, search(model, batch.src, batch.src_padding), strict=True):
-                texts[i] = tokenizer.decode(ids.tolist())
-    return texts
-
-
 def score(
     model: Transformer, data: EncodedCorpus, split: str, search: Search = greedy_search
 ) -> tuple[dict[str, Any], list[str]]:
     """BLEU and its company on a split, with the seconds it took; and the translations."""
     began = time.perf_counter()
-    texts = translate_split(model, data.splits[split], load_tokenizer(data.tokenizer_json), search)
+    sources = [source for source, _ in data.splits[split]]
+    tokenizer = load_tokenizer(data.tokenizer_json)
+    texts = translate_ids(model, tokenizer, sources, search=search)
     seconds = time.perf_counter() - began
     scores = evaluate_translations(texts, data.splits[split].references)
     return {"split": split, **asdict(scores), "seconds": round(seconds, 1)}, texts
@@ -371,8 +339,8 @@ def score_rows(
     mean.load_state_dict(average_checkpoints(paths))
     plans: list[tuple[str, Transformer, Search]] = [
         ("greedy", last, greedy_search),
-        ("beam 4", last, beam_four),
-        (f"beam 4, mean of {len(paths)} checkpoints", mean.to(device), beam_four),
+        ("beam 4", last, beam_search),
+        (f"beam 4, mean of {len(paths)} checkpoints", mean.to(device), beam_search),
     ]
     rows: list[Any] = []
     texts: list[str] = []
