@@ -1,12 +1,13 @@
 """Classic mistakes, planted one at a time: each must be noticed by a named test.
 
-`tests/mutant.py` plants them; Part II's stand in `tests/mutants_training.py`.
+`tests/mutant.py` plants them; Part II's stand in `tests/mutants_training.py`, Part III's in
+`tests/mutants_modern.py`.
 """
 # ruff: noqa: E501  (the pieces of code are quoted as they are)
 
 import torch
 
-from tests import mutants_training
+from tests import mutants_modern, mutants_training
 from tests.mutant import Mutant
 from transformer_annotated import attend, sdpa
 
@@ -231,4 +232,4 @@ PAPER_MUTANTS = [
            "tests/test_first_translation.py::test_the_optimizer_is_the_papers_adam"),
 ]  # fmt: skip
 
-MUTANTS = [*PAPER_MUTANTS, *mutants_training.MUTANTS]
+MUTANTS = [*PAPER_MUTANTS, *mutants_training.MUTANTS, *mutants_modern.MUTANTS]

@@ -100,7 +100,9 @@ CONFIGURATION = [
     Fault("no stack at all", lambda: Transformer(patch(SMALL, {"encoder": None, "decoder": None})), ("encoder and decoder are both None",)),
     Fault("cross-attention to nothing", lambda: Transformer(patch(SMALL, {"encoder": None})), ("decoder.cross_attention", "encoder=None")),
     Fault("an encoder that nobody reads", lambda: Transformer(patch(SMALL, {"decoder.cross_attention": None})), ("decoder.cross_attention", "encoder")),
-    Fault("two numbers of heads under one bias", lambda: Transformer(patch(SMALL, {"encoder.bias": spec(nn.Identity), "encoder.layers.0.self_attention.n_heads": 2})), ("n_heads", "'2'", "'4'")),
+    Fault("two numbers of heads under one bias", lambda: Transformer(patch(SMALL, {"embedding.position": None, "encoder.bias": spec(nn.Identity), "encoder.layers.0.self_attention.n_heads": 2})), ("n_heads", "'2'", "'4'")),
+    Fault("positions by the embedding and by a bias", lambda: Transformer(patch(SMALL, {"decoder.bias": spec(nn.Identity)})), ("embedding.position", "Sinusoid", "decoder.bias", "Identity")),
+    Fault("positions by the embedding and by a turn, in one layer", lambda: Transformer(patch(SMALL, {"decoder.layers.2.self_attention.position": spec(nn.Identity)})), ("embedding.position", "decoder.self_attention.position", "Identity")),
     # spec
     Fault("misspelt argument", lambda: spec(LayerNorm, epsilon=1e-6), ("LayerNorm", "'epsilon'", "d_model, eps, bias")),
     Fault("a built module as an argument", lambda: spec(FeedForward, activation=nn.ReLU()), ("activation", "spec", "ReLU")),

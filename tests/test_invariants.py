@@ -21,8 +21,19 @@ from transformer_annotated.paper.multi_head import KeysValues
 
 ALL = list(VARIANTS)
 CAUSAL = [name for name, variant in VARIANTS.items() if variant.kind != "encoder"]
-every_variant = pytest.mark.parametrize("variant", ALL)
-every_causal_variant = pytest.mark.parametrize("variant", CAUSAL)
+
+
+def on_each(names: list[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test on these variants, but on those that are excepted from it by name."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        held = [name for name in names if test.__name__ not in VARIANTS[name].excepted]
+        return pytest.mark.parametrize("variant", held)(test)
+
+    return decorate
+
+
+every_variant, every_causal_variant = on_each(ALL), on_each(CAUSAL)
 T, S = 8, 7  # longer than three layers with a window of 3 can see
 
 
@@ -51,7 +62,8 @@ def test_no_future_leak(variant: str, train: bool, dropout: float) -> None:
         changed = tgt.clone()
         changed[:, t] = another(tgt[:, t])
         difference = (logits(changed) - before).abs()[0]
-        assert difference[:t].sum().item() == 0.0, f"token {t} is seen by an earlier row"
+        leak = difference[:t].max().item() if t else 0.0
+        assert leak <= VARIANTS[variant].rounding, f"token {t} is seen by an earlier row"
         assert difference[t].max().item() > 1e-3, f"token {t} does not see itself"
 
 
@@ -114,7 +126,8 @@ def test_garbage_under_the_mask_does_not_matter(variant: str, left: bool) -> Non
     src = torch.where(src_real, src, garbage[0])
     tgt = torch.where(tgt_real, tgt, garbage[1][:, :6])
     after = run(kind, model, src, tgt, src_real, tgt_real)
-    assert torch.equal(before[tgt_real], after[tgt_real])
+    moved = (before[tgt_real] - after[tgt_real]).abs().max().item()
+    assert moved <= VARIANTS[variant].rounding
     assert not torch.equal(before, after)  # the padded rows do move: the garbage was really there
 
 
@@ -237,7 +250,7 @@ def test_compiles_without_a_break(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["paper", "sdpa"])
+@pytest.mark.parametrize("variant", ["paper", "modern", "modern_decoder_only"])
 def test_inductor_computes_the_same(variant: str) -> None:
     config = patch(VARIANTS[variant].config, {"n_layers": 1})
     model = build(config)
@@ -246,8 +259,8 @@ def test_inductor_computes_the_same(variant: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        ours = run("seq2seq", compiled, src, tgt, src_real, tgt_real)
-        plain = run("seq2seq", model, src, tgt, src_real, tgt_real)
+        ours = run(VARIANTS[variant].kind, compiled, src, tgt, src_real, tgt_real)
+        plain = run(VARIANTS[variant].kind, model, src, tgt, src_real, tgt_real)
     assert_close(ours[tgt_real], plain[tgt_real])
 
 
@@ -342,3 +355,21 @@ def test_cached_equals_uncached(variant: str, chunks: tuple[int, ...], padded: b
             )
         )  # fmt: skip
     assert_close(torch.cat(pieces, dim=1)[real], whole[real])
+
+
+# Exceptions ---------------------------------------------------------------------------------------
+
+EXCEPTED = [(name, test) for name, row in VARIANTS.items() for test in row.excepted]
+ONE_CASE: dict[str, dict[str, object]] = {  # the other arguments of the tests that have some
+    "test_no_future_leak": {"train": False, "dropout": 0.0},
+    "test_padding_invariance": {"left": False},
+    "test_garbage_under_the_mask_does_not_matter": {"left": True},
+    "test_cached_equals_uncached": {"chunks": (1, 1, 1, 1, 1, 1), "padded": False},
+}
+
+
+@pytest.mark.parametrize(("variant", "test"), EXCEPTED)
+def test_an_exception_is_one(variant: str, test: str) -> None:
+    """Whoever is excepted from an invariant does break it; else the exception has to go."""
+    with pytest.raises(AssertionError):
+        globals()[test](variant, **ONE_CASE.get(test, {}))

@@ -251,6 +251,13 @@ def test_a_path_into_a_part_that_every_stack_leaves_out_changes_nothing() -> Non
             patch(alone, {path: 3})
 
 
+def test_a_part_that_every_stack_leaves_out_can_be_put_in() -> None:
+    config = patch(Config(), {"bias": spec(nn.Identity)})
+    assert config.encoder is not None
+    assert config.decoder is not None
+    assert config.encoder.bias == config.decoder.bias == spec(nn.Identity)
+
+
 def test_a_class_that_its_name_would_not_find_again_is_not_saved() -> None:
     assert from_json(to_json(spec(LayerNorm))) == spec(LayerNorm)
     with pytest.raises(ValueError, match=r"torch.*LayerNorm cannot be saved by name"):

@@ -53,6 +53,26 @@ _NAMES = {
     "training.inside": [
         "AttentionMap", "attention_maps", "greedy_removal", "head_statistics", "remove_heads",
     ],
+    "modern.language_model": [
+        "Characters", "PREFIX_LM", "Text", "any_text", "bits_per_byte", "generate",
+        "language_model", "nats_by_position", "open_text", "prefix_mask", "train_language_model",
+    ],
+    "modern.pre_ln": ["DeepNorm", "PRE_LN", "PreNorm", "SandwichNorm"],
+    "modern.rms_norm": ["QK_NORM", "RMSNorm", "RMS_NORM"],
+    "modern.gated": ["GEGLU", "GELU", "GatedFeedForward", "SWIGLU", "matched_width"],
+    "modern.rope": ["ROPE", "RoPE", "Scaling"],
+    "modern.relative_bias": ["ALIBI", "ALiBi", "LearnedPositions", "T5Bias", "T5_BIAS"],
+    "modern.long_context": [
+        "DynamicNTK", "Llama3Scaling", "LinearScaling", "NTKScaling", "YaRN",
+    ],
+    "modern.grouped_query": ["cache_bytes", "grouped_queries", "mean_pooled"],
+    "modern.window": ["WindowCache", "pattern", "sliding_window"],
+    "modern.experts": [
+        "Balanced", "MixtureOfExperts", "active_parameters", "mixture_of_experts",
+        "record_routing",
+    ],
+    "modern.ablation": [],
+    "modern.production": [],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["check", "commit", "machine", "results", "scale"]
+__all__ = ["check", "commit", "machine", "measured", "results", "scale"]
 
 
 def scale() -> Literal["short", "full"]:
@@ -51,6 +51,45 @@ def results(name: str) -> list[dict[str, Any]]:
     """
     path = Path(__file__).resolve().parent.parent / "book" / "results" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def measured(*rows: str) -> str:
+    """What the ablation matrix (``book/results/ablation.jsonl``) found for these rows, as a table.
+
+    The paper's model comes first. Each line shows the loss of one task, in nats a token (translation)
+    or bits a byte (language): the mean over seeds, then the lowest and the highest of them. The last
+    column counts the seeds in which the row beat the paper's model.
+    """
+    metrics = {"translation": "loss", "language": "bits_per_byte"}
+    try:
+        lines = results("ablation")
+    except FileNotFoundError:
+        lines = []
+    lines = [line for line in lines if line["scale"] != "tiny"]
+    scales = sorted({line["scale"] for line in lines})  # "full" before "smoke"
+    text = [f"{'':12}{'task':14}{'mean':>8}{'lowest':>9}{'highest':>9}   better than the paper"]
+    for task, metric in metrics.items():
+        found = {
+            name: {
+                line["seed"]: line[metric]
+                for line in lines
+                if (line["row"], line["task"], line["scale"]) == (name, task, scales[0])
+            }
+            for name in ("paper", *rows)
+        }
+        for name, values in found.items():
+            if not values:
+                text.append(f"{name:12}{task:14}not measured yet")
+                continue
+            numbers = list(values.values())
+            shared = values.keys() & found["paper"].keys()
+            won = sum(values[seed] < found["paper"][seed] for seed in shared)
+            last = "" if name == "paper" else f"   in {won} of {len(shared)} seeds"
+            text.append(
+                f"{name:12}{task:14}{sum(numbers) / len(numbers):8.3f}"
+                f"{min(numbers):9.3f}{max(numbers):9.3f}{last}"
+            )
+    return "\n".join(text)
 
 
 def commit() -> str:

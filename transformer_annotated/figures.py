@@ -112,6 +112,10 @@ _PARTS: tuple[tuple[str, ...], ...] = (
         "Corpora", "Tokens", "Batches", "Objec-\ntive", "Sched-\nule", "Speed", "Check-\npoints",
         "Trainer", "Decod-\ning", "Beam\nsearch", "BLEU", "The paper\nagain", "Looking\ninside",
     ),
+    (  # Part III
+        "Language\nmodel", "Pre-LN", "RMSNorm", "Gates", "RoPE", "Score\nbiases", "Long\ncontext",
+        "Grouped\nqueries", "Sliding\nwindow", "Experts", "All\npatches", "Produc-\ntion",
+    ),
 )  # fmt: skip
 
 

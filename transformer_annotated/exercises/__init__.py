@@ -10,7 +10,7 @@ at without giving the answer away::
         close(answer, 0.5, hint="Divide by the number of keys, not of queries.")
 
 Chapters are imported inside the verifier that needs them, so that this package stays cheap. Its
-modules `paper` and `training` hold one part's verifiers each.
+modules `paper`, `training` and `modern` hold one part's verifiers each.
 """
 
 from collections.abc import Callable
@@ -59,4 +59,4 @@ def close(answer: Any, expected: Any, rel: float = 1e-4, hint: str = "") -> None
     assert torch.allclose(got, want, rtol=0.0, atol=room), hint or "The values differ."
 
 
-from transformer_annotated.exercises import paper, training  # noqa: E402, F401  (they register)
+from transformer_annotated.exercises import modern, paper, training  # noqa: E402, F401  (they register)

@@ -319,8 +319,8 @@ def resolve(config: Any, path: str) -> list[tuple[str, ...]]:
         stacks = {k: v for k, v in children(config).items() if dataclasses.is_dataclass(v)}
         addresses = [(k, *address) for k, v in stacks.items() for address in find(v, names)]
         holders = [v for v in stacks.values() if names[0] in children(v)]
-        if holders and all(children(v)[names[0]] is None for v in holders):
-            return []  # every stack leaves this part out: there is nothing to change
+        if not addresses and holders and all(children(v)[names[0]] is None for v in holders):
+            return []  # every stack leaves this part out: there is nothing in it to change
     if addresses:
         return addresses
     known = paths(config)

@@ -343,7 +343,8 @@ class Transformer(nn.Module):
 
     Raises:
         ValueError: no stack at all, a decoder whose cross-attention has no encoder to read or
-            an encoder that nobody reads, and whatever the components object to.
+            an encoder that nobody reads, positions told twice, and whatever the components
+            object to.
     """
 
     def __init__(self, config: Config) -> None:
@@ -357,6 +358,7 @@ class Transformer(nn.Module):
                 f"if there is none; got encoder={encoder!r} and "
                 f"decoder.cross_attention={decoder.cross_attention!r}"
             )
+        check_positions(config)
         self.config = config
         sizes = {"d_model": config.d_model, "dropout": config.dropout}
         self.embedding = config.embedding(vocab_size=config.vocab_size, **sizes)
@@ -470,11 +472,33 @@ class Transformer(nn.Module):
 # keep that shape: the memory. `tgt` is `(2, 5)`, becomes `(2, 5, 512)`, and keeps that through six more layers, in each of which it reads the memory once. The head makes `(2, 5, 37000)`.
 # No other shape occurs between the parts; everything with heads stays inside attention.
 #
-# The rest fills in what callers leave out: positions count real tokens, so that padding on the left moves nothing; padding becomes a mask. And `init_linear` draws the first weights.
+# The rest checks and fills in. `check_positions` refuses a model that is told its positions twice, by the embedding and once more inside attention, say: it would run, and nobody would notice.
+# What callers leave out gets a value: positions count real tokens, so that padding on the left moves nothing; padding becomes a mask. And `init_linear` draws the first weights.
 
 # %%
 def _present(node: Pattern) -> bool:
     return any(e is not None for e in node) if isinstance(node, tuple) else node is not None
+
+
+def check_positions(config: Config) -> None:
+    """Raise ValueError if a stack is told its positions in two ways, by the embedding and a bias say."""
+    for name, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        if stack is None:
+            continue
+        parts = stack.self_attention
+        turns = [
+            part.kwargs["position"]
+            for part in (parts if isinstance(parts, tuple) else (parts,))
+            if part is not None and part.kwargs.get("position") is not None
+        ]
+        ways = {
+            "embedding.position": config.embedding.kwargs.get("position"),
+            f"{name}.self_attention.position": turns[0] if turns else None,
+            f"{name}.bias": stack.bias,
+        }
+        given = [f"{path} = {way!r}" for path, way in ways.items() if way is not None]
+        if len(given) > 1:
+            raise ValueError(f"positions are told twice: {' and '.join(given)}; patch one to None")
 
 
 def default_positions(ids: Tensor, padding: Tensor | None) -> Tensor:
