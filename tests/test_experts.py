@@ -83,7 +83,8 @@ def by_loop(
 # Routing ------------------------------------------------------------------------------------------
 
 
-def test_the_softmax_runs_over_the_chosen(n_experts: int = 5, top_k: int = 2) -> None:
+def test_the_softmax_runs_over_the_chosen() -> None:
+    n_experts, top_k = 5, 2
     logits = draw(3, 4, n_experts, seed="logits", dtype=torch.float64)
     weights, chosen = route(logits, top_k)
     assert weights.shape == chosen.shape == (3, 4, top_k)
@@ -248,8 +249,9 @@ def test_with_a_capacity_they_do() -> None:
     assert_close(module(other)[0, 0], module(x)[0, 0], tolerance=1e-6)
 
 
-def test_the_table_of_places(n: int = 8, n_experts: int = 4, capacity: float = 1.1) -> None:
+def test_the_table_of_places() -> None:
     """No expert gets more than its places, over the whole call; none stays empty without need."""
+    n, n_experts, capacity = 8, 4, 1.1
     chosen = draw(n, n_experts, seed="crowd").argsort(dim=-1)[:, :2]
     chosen[:, 0] = 1  # everybody's first choice
     chosen[:, 1] = torch.where(chosen[:, 1] == 1, 2, chosen[:, 1])
@@ -286,7 +288,7 @@ def test_the_patch_is_saved_and_counted() -> None:
     one, router, layers = 2 * 16 * 24 + 24 + 16, 4 * 16, 2 + 3
     assert total - active == layers * 2 * one
     dense = count_parameters(patch(SMALL, {"ffn.d_ff": 48}))["total"]
-    assert active - dense == layers * (router + 16)  # two experts have one more bias than a dense one
+    assert active - dense == layers * (router + 16)  # two experts have one bias more
     assert active_parameters(SMALL) == count_parameters(SMALL)["total"]
 
 
@@ -305,8 +307,9 @@ def test_balance_is_one_when_even_and_the_number_of_experts_when_not(top_k: int)
     assert balance_loss(alone, chosen).item() == pytest.approx(E)
 
 
-def test_balance_and_its_gradient_by_hand(n_experts: int = 5, top_k: int = 2) -> None:
+def test_balance_and_its_gradient_by_hand() -> None:
     """The shares are constants: the gradient flows through the probabilities alone."""
+    n_experts, top_k = 5, 2
     logits = draw(3, 4, n_experts, seed="logits", dtype=torch.float64).requires_grad_()
     _, chosen = route(logits, top_k)
     real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()

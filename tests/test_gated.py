@@ -25,6 +25,7 @@ from transformer_annotated import (
     spec,
     to_json,
 )
+from transformer_annotated.modern.gated import quiet_share
 
 ACTIVATIONS = {
     "silu": (spec(nn.SiLU), lambda z: z / (1 + torch.exp(-z))),
@@ -76,7 +77,9 @@ def test_equal_to_hugging_face(name: str) -> None:
     redraw(ours)
     theirs, names = hugging_face(name)
     state = ours.state_dict()
-    theirs.load_state_dict({f"{its}.weight": state[f"{mine}.weight"] for its, mine in names.items()})
+    theirs.load_state_dict(
+        {f"{its}.weight": state[f"{mine}.weight"] for its, mine in names.items()}
+    )
     x = draw(2, 3, 12, seed="x").requires_grad_()
     its = dict(theirs.named_parameters())
     same = {f"{mine}.weight": its[f"{name}.weight"] for name, mine in names.items()}
@@ -86,7 +89,7 @@ def test_equal_to_hugging_face(name: str) -> None:
 
 
 def test_a_gate_of_ones_is_no_gate() -> None:
-    """With the identity as activation and a gate that is 1 everywhere, two linear layers are left."""
+    """The identity as activation, and a gate that is 1 everywhere: two linear layers are left."""
     m = GatedFeedForward(6, 10, activation=spec(nn.Identity), bias=True).double()
     redraw(m)
     with torch.no_grad():
@@ -167,6 +170,21 @@ def test_patches() -> None:
     smooth = Transformer(patch(SMALL, GELU))
     kinds = {type(m.activation) for m in smooth.modules() if isinstance(m, FeedForward)}
     assert kinds == {nn.GELU}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_quiet_units_are_counted(gated: bool) -> None:
+    """A unit whose reading is far below 0 for every token has no slope; hooks are taken off."""
+    m: Any = GatedFeedForward(4, 10, bias=True) if gated else FeedForward(4, 10)
+    layer = m.gate if gated else m.up
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.bias.fill_(1.0)
+        layer.bias[:3] = -50.0
+    model = nn.Sequential(m)
+    x = draw(2, 3, 4, seed="x")
+    assert quiet_share(model, lambda: model(x)) == pytest.approx(0.3)
+    assert not layer._forward_hooks
 
 
 @pytest.mark.parametrize(

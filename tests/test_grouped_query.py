@@ -208,12 +208,15 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="n_heads must be a multiple of n_kv_heads, got 4 and 3"):
         Transformer(patch(SMALL, grouped_queries(3)))
     model = build("paper")
-    with pytest.raises(ValueError, match="must divide the 4 key heads of .*attention, got 3"):
+    with pytest.raises(ValueError, match=r"must divide the 4 key heads of .*attention, got 3"):
         mean_pooled(model, 3)
-    with pytest.raises(ValueError, match="must divide the 2 key heads of .*attention, got 4"):
+    with pytest.raises(ValueError, match=r"must divide the 2 key heads of .*attention, got 4"):
         fewer_heads(mean_pooled(model, 2), 4, lambda heads: heads[:, 0])
     with pytest.raises(ValueError, match="config must have a decoder"):
         cache_bytes(patch(SMALL, ENCODER_ONLY), 3)
+    other = patch(SMALL, DECODER_ONLY, {"decoder.self_attention": spec(torch.nn.Identity)})
+    with pytest.raises(ValueError, match=r"MultiHeadAttention alone, got spec\(Identity\)"):
+        cache_bytes(other, 3)
     with pytest.raises(ValueError, match="length must be at least 0, got -1"):
         cache_bytes(SMALL, -1)
     with pytest.raises(ValueError, match="source_length must be at least 0, got -2"):

@@ -40,6 +40,7 @@ CASES = [  # head_dim, base, original, factor
     (128, 500_000.0, 8192, 8.0),
     (128, 10_000.0, 4096, 40.0),
     (16, 10_000.0, 16, 2.5),
+    (16, 100.0, 10_000, 4.0),  # no pair turns less than once
     (8, 100.0, 4, 1.0),
 ]
 
@@ -58,10 +59,11 @@ def by_hand(kind: str, d: int, base: float, L: int, s: float, n: int) -> tuple[l
             grown = s * max(n, L) / L - (s - 1)
             w = (base * grown ** (d / (d - 2))) ** (-2 * i / d)
         elif kind == "yarn":
-            # rounds = beta solved for i, rounded outwards; a straight line between the two
-            low = max(math.floor(d / 2 * math.log(L / (2 * math.pi * 32), base)), 0)
-            high = min(math.ceil(d / 2 * math.log(L / (2 * math.pi * 1), base)), d - 1)
-            share = min(max((i - low) / (high - low if high != low else 0.001), 0.0), 1.0)
+            # the last pair with 32 turns and the first with 1, counted; a straight line between
+            turned = [L * base ** (-2 * j / d) / (2 * math.pi) for j in range(d)]
+            low = max((j for j, count in enumerate(turned) if count >= 32), default=0)
+            high = min((j for j, count in enumerate(turned) if count <= 1), default=d - 1)
+            share = 0.0 if i <= low else 1.0 if i >= high else (i - low) / (high - low)
             w = (1 - share) * w + share * w / s
         elif rounds < 1:  # llama3
             w = w / s
@@ -272,7 +274,7 @@ def test_the_model_computes_without_a_look_at_the_data() -> None:
 class TurnedKeys(RoPE):
     """RoPE that keeps keys as they were turned when they came: what many caches hold."""
 
-    kept: Tensor | None = None
+    kept: Tensor
 
     def forward(
         self, q: Tensor, k: Tensor, positions: Tensor | None, key_positions: Tensor | None
@@ -281,7 +283,8 @@ class TurnedKeys(RoPE):
         assert key_positions is not None
         omega, factor = self.frequencies(positions, key_positions)
         new = self.turn(k[:, :, -q.shape[2] :], positions, omega, factor)
-        self.kept = new if self.kept is None else torch.cat((self.kept, new), dim=2)
+        begins = k.shape[2] == q.shape[2]  # a new text: no older keys
+        self.kept = new if begins else torch.cat((self.kept, new), dim=2)
         return self.turn(q, positions, omega, factor), self.kept
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from tools.pairs import Pair, all_pairs, output_texts, read_notebook, stains, traces
+from tools.build import listed
+from tools.pairs import Pair, all_pairs, output_texts, pair, read_notebook, stains, traces
 
+CHAPTERS = [page for page in listed() if page.count("/") == 2]
 NOTEBOOKS = [chapter for chapter in all_pairs() if chapter.notebook.is_file()]
 each_notebook = pytest.mark.parametrize("chapter", NOTEBOOKS, ids=lambda chapter: chapter.name)
 
@@ -94,3 +96,15 @@ def test_figure_names_differ_between_chapters() -> None:
 
 def test_the_check_for_traces_can_fail() -> None:
     assert traces("/tmp/ipykernel_123/4.py:1: UserWarning: x")
+
+
+@pytest.mark.parametrize(("number", "page"), list(enumerate(CHAPTERS, 1)))
+def test_the_map_shows_where_the_chapter_stands(number: int, page: str) -> None:
+    """The filled box and the caption have the number that `_toc.yml` gives the chapter."""
+    chapter = pair(page)
+    if not chapter.notebook.is_file():
+        pytest.skip("not executed yet")
+    (cell,) = [c for c in code_cells(read_notebook(chapter)) if "reading_map(" in c.source]
+    assert f"figures.reading_map({number})" in cell.source
+    caption = cell.metadata["mystnb"]["figure"]["caption"]
+    assert re.match(rf"Chapter {number}(,[^:]*)? of Part ", caption), caption

@@ -243,6 +243,15 @@ def test_cross_attention_gets_no_bias(change: dict) -> None:
     assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize(("change", "alike"), [({}, False), (ALIBI, True), (T5_BIAS, False)])
+def test_alibi_cannot_tell_a_source_from_its_mirror_image(change: dict, alike: bool) -> None:
+    """|j - i| knows no left and right, and cross-attention knows no positions."""
+    built = model(change)
+    (src, _), (tgt, _) = batch((7, 7), 0), batch((4, 4), 1)
+    gap = float((built(src, tgt) - built(src.flip(1), tgt)).abs().max().detach())
+    assert gap < 1e-10 if alike else gap > 1e-3
+
+
 @pytest.mark.parametrize("change", [ALIBI, T5_BIAS])
 def test_one_token_at_a_time_equals_all_at_once(change: dict) -> None:
     built = model(DECODER_ONLY, change)
@@ -284,6 +293,8 @@ def test_learned_positions_end() -> None:
         built(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match=r"below max_len=8, got 11"):
         LearnedPositions(4, max_len=8)(torch.tensor([[11]]))
+    with pytest.raises(ValueError, match=r"positions must be at least 0 .* got -1"):
+        LearnedPositions(4, max_len=8, offset=2)(torch.tensor([[3, -1]]))
 
 
 # Bad input ---------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from transformer_annotated import (
     spec,
     to_json,
 )
+from transformer_annotated.modern.ablation import kept_bytes
+from transformer_annotated.modern.rms_norm import scores_and_entropy
 
 EPS = [1e-6, 0.05, 0.5]  # with a small one, eps outside the root would hardly show
 
@@ -144,9 +146,9 @@ def test_saved_and_read() -> None:
     assert from_json(to_json(config)) == config
 
 
-def test_qk_norm_by_hand(n_kv_heads: int = 2) -> None:
+def test_qk_norm_by_hand() -> None:
     """Each head of each query and key is normalised by itself; values are not."""
-    m = MultiHeadAttention(12, 4, n_kv_heads=n_kv_heads, qk_norm=spec(RMSNorm, eps=0.1)).double()
+    m = MultiHeadAttention(12, 4, n_kv_heads=2, qk_norm=spec(RMSNorm, eps=0.1)).double()
     redraw(m)
     x = draw(2, 5, 12, seed="x", dtype=torch.float64).requires_grad_()
     q, k, v = m.split(m.q_proj(x)), m.split(m.k_proj(x)), m.split(m.v_proj(x))
@@ -169,6 +171,17 @@ def test_scores_are_bounded() -> None:
         assert scores.abs().max() <= bound * (1 + 1e-6)
         reached = RMSNorm(d)(x) @ RMSNorm(d)(x).T / math.sqrt(d)
     assert_close(reached.max(), torch.tensor(math.sqrt(d)))  # a key that points along the query
+
+
+def test_scores_and_entropy() -> None:
+    """One query along one of four keys, of length 6 each; weights alike, then on one key."""
+    q, k = torch.zeros(1, 1, 1, 4), 6 * torch.eye(4).view(1, 1, 4, 4)
+    q[..., 0] = -6.0
+    score, entropy = scores_and_entropy(q, k, torch.full((1, 1, 1, 4), 0.25))
+    assert score == pytest.approx(18.0)
+    assert entropy == pytest.approx(math.log(4))
+    one = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    assert scores_and_entropy(q, k, one)[1] == 0.0
 
 
 def test_qk_norm_ignores_the_size_of_the_weights() -> None:
@@ -196,3 +209,23 @@ def test_eps_must_be_positive(eps: float) -> None:
 def test_width_must_be_positive() -> None:
     with pytest.raises(ValueError, match="d_model"):
         RMSNorm(0)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.05])
+def test_the_backward_pass_by_hand(eps: float) -> None:
+    """Against finite differences, for vectors in any number of dimensions."""
+    torch.manual_seed(0)
+    norm = RMSNorm(5, eps=eps).double()
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    for shape in ((5,), (3, 5), (2, 3, 5)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+        def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+        assert torch.autograd.gradcheck(run, (x, weight))
+
+
+def test_it_keeps_x_and_one_number_a_row() -> None:
+    norm, x = RMSNorm(64), torch.randn(10, 64, requires_grad=True)
+    assert kept_bytes(norm, lambda: norm(x)) == 4 * (10 * 64 + 10)

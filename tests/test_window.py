@@ -17,6 +17,7 @@ from transformer_annotated import (
     MultiHeadAttention,
     Transformer,
     cache_bytes,
+    generate,
     patch,
     pattern,
     sliding_window,
@@ -114,7 +115,9 @@ def test_equal_to_a_loop(window: int) -> None:
         q, (k, v) = model.split(model.q_proj(x)), model.keys_values(x)
         return model.out_proj(loop_attention(q, k, v, mask).transpose(1, 2).flatten(-2))
 
-    assert_same(model(x, mask=Mask(causal=True)), by_loop(x), {"x": x, **dict(model.named_parameters())})
+    assert_same(
+        model(x, mask=Mask(causal=True)), by_loop(x), {"x": x, **dict(model.named_parameters())}
+    )
 
 
 @pytest.mark.parametrize("variant", ["paper", "sdpa"])
@@ -263,6 +266,20 @@ def test_reordered_rows_go_on_as_the_rows_they_were(rows: list[int]) -> None:
         last = model.decode(tgt[index, -1:], positions=at[:, -1:], cache=cache)
         expected = model.decode(tgt[index], positions=at)[:, -1:]
     assert_close(last, expected, tolerance=2e-5)
+
+
+def test_generation_is_the_same_with_either_cache() -> None:
+    """Prompts longer than the window, filler on the left."""
+    model = build(patch(SMALL, *PATCHES["decoder only"]))
+    ids, real = batch((12, 7, 3), 8, left=True)
+    written = []
+    with attending(model, "self", to_last_keys):
+        for cache in (Cache(model), WindowCache(model)):
+            seed = torch.Generator().manual_seed(1)
+            new = generate(model, ids, max_new_tokens=9, generator=seed, cache=cache, padding=real)
+            written.append(torch.stack(list(new)))
+    assert torch.equal(*written)
+    assert written[0].unique().numel() > 3
 
 
 def test_searches_take_it() -> None:

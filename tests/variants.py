@@ -25,7 +25,6 @@ from transformer_annotated import (
     SDPA,
     SWIGLU,
     T5_BIAS,
-    ALiBi,
     Config,
     DeepNorm,
     DynamicNTK,
@@ -102,12 +101,9 @@ NO_BIAS = {
     for bias in ("qkv_bias", "out_bias")
 }
 # Windowed and full layers in turn, as Mistral's successors have them.
-PATTERN = {
-    "self_attention": (
-        spec(MultiHeadAttention, n_heads=4, window=2),
-        spec(MultiHeadAttention, n_heads=4),
-    )
-}
+SHORT, LONG = spec(MultiHeadAttention, n_heads=4, window=2), spec(MultiHeadAttention, n_heads=4)
+PATTERN = {"self_attention": (SHORT, LONG)}
+NO_POSITIONS = {"embedding.position": None}
 ONE_LAYER = {
     "decoder.layers.1.ffn": spec(FeedForward, d_ff=7),
     "encoder.layers.0.self_attention.n_heads": 2,
@@ -139,12 +135,14 @@ MODERN = (
 )  # fmt: skip
 
 
-def scaled(scaling: Any) -> Patch:
-    """RoPE with one of the scalings of Chapter 31, made for texts longer than 4 positions."""
-    return {**ROPE, "self_attention.position": spec(RoPE, scaling=scaling)}
+def rope(**arguments: Any) -> Patch:
+    """RoPE with other arguments than the usual ones."""
+    return {**ROPE, "self_attention.position": spec(RoPE, **arguments)}
 
 
-LATER_KEYS = "The frequencies depend on the length, so what was computed for a shorter text differs."
+LATER_KEYS = (
+    "The frequencies depend on the length, so what was computed for a shorter text differs."
+)
 QUEUE = "Places in an expert are given out over the whole batch: every token can change any other."
 
 VARIANTS: dict[str, Variant] = {
@@ -166,7 +164,7 @@ VARIANTS: dict[str, Variant] = {
     "two_vocabularies": Variant("seq2seq", ({"src_vocab_size": VOCABULARY + 4},)),
     "one_layer": Variant("seq2seq", (ONE_LAYER,)),
     "attention_dropout": Variant("seq2seq", ({"self_attention.dropout": 0.1, "ffn.dropout": 0.1},)),
-    "no_positions": Variant("seq2seq", ({"embedding.position": None},)),
+    "no_positions": Variant("seq2seq", (NO_POSITIONS,)),
     "decoder_only": Variant("decoder", (DECODER_ONLY,)),
     "decoder_only_window": Variant(
         "decoder", (DECODER_ONLY, WINDOW, {"self_attention.n_kv_heads": 2}), reach=False
@@ -180,18 +178,20 @@ VARIANTS: dict[str, Variant] = {
     # Part III
     **{name: Variant("seq2seq", (one,)) for name, one in SINGLE.items() if name != "sdpa"},
     "experts": Variant("seq2seq", (EXPERTS,), rounding=1e-5),
-    "rope_interleaved": Variant("seq2seq", ({**ROPE, "self_attention.position": spec(RoPE, interleaved=True)},)),
-    "rope_partial": Variant("decoder", (DECODER_ONLY, {**ROPE, "self_attention.position": spec(RoPE, rotary_dim=2)})),
-    "rope_linear": Variant("seq2seq", (scaled(spec(LinearScaling, factor=2.0)),)),
-    "rope_ntk": Variant("seq2seq", (scaled(spec(NTKScaling, factor=2.0)),)),
-    "rope_yarn": Variant("seq2seq", (scaled(spec(YaRN, factor=2.0, original=4)),)),
-    "rope_llama3": Variant("decoder", (DECODER_ONLY, scaled(spec(Llama3Scaling, factor=2.0, original=4)))),
+    "rope_interleaved": Variant("seq2seq", (rope(interleaved=True),)),
+    "rope_partial": Variant("decoder", (DECODER_ONLY, rope(rotary_dim=2))),
+    "rope_linear": Variant("seq2seq", (rope(scaling=spec(LinearScaling, factor=2.0)),)),
+    "rope_ntk": Variant("seq2seq", (rope(scaling=spec(NTKScaling, factor=2.0)),)),
+    "rope_yarn": Variant("seq2seq", (rope(scaling=spec(YaRN, factor=2.0, original=4)),)),
+    "rope_llama3": Variant(
+        "decoder", (DECODER_ONLY, rope(scaling=spec(Llama3Scaling, factor=2.0, original=4)))
+    ),
     "rope_dynamic": Variant(
-        "decoder", (DECODER_ONLY, scaled(spec(DynamicNTK, factor=2.0, original=4))),
+        "decoder", (DECODER_ONLY, rope(scaling=spec(DynamicNTK, factor=2.0, original=4))),
         excepted={"test_cached_equals_uncached": LATER_KEYS},
     ),
-    "alibi_encoder_only": Variant("encoder", (ENCODER_ONLY, {"bias": spec(ALiBi), "embedding.position": None})),
-    "t5_encoder_only": Variant("encoder", (ENCODER_ONLY, {"bias": spec(T5Bias), "embedding.position": None})),
+    "alibi_encoder_only": Variant("encoder", (ENCODER_ONLY, ALIBI)),
+    "t5_encoder_only": Variant("encoder", (ENCODER_ONLY, NO_POSITIONS, {"bias": spec(T5Bias)})),
     "t5_decoder_only": Variant("decoder", (DECODER_ONLY, T5_BIAS)),
     "experts_capacity": Variant(
         "seq2seq", ({**EXPERTS, "ffn.capacity": 0.75},),
@@ -207,9 +207,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "short_short_long": Variant(
         "decoder",
-        (DECODER_ONLY, {"self_attention": pattern(
-            "SSL", S=spec(MultiHeadAttention, n_heads=4, window=3), L=spec(MultiHeadAttention, n_heads=4)
-        )}),
+        (DECODER_ONLY, {"self_attention": pattern("SSL", S=SHORT, L=LONG)}),
     ),
     "modern": Variant("seq2seq", MODERN),
     "modern_decoder_only": Variant("decoder", (DECODER_ONLY, *MODERN)),

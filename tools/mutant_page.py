@@ -7,7 +7,7 @@ from tests.mutants import MUTANTS
 PAGE = Path(__file__).resolve().parent.parent / "book" / "mutants.md"
 
 INTRODUCTION = """\
-<!-- Written by tools/mutant_page.py from tests/mutants.py and tests/mutants_training.py. -->
+<!-- Written by tools/mutant_page.py from tests/mutants.py and its two companions. -->
 # Mutants
 
 A test that never fails proves nothing. So we also test the tests. Below are {n} mistakes that are
@@ -18,8 +18,8 @@ would fail `make test`.
 A mistake is planted while the tests run: one piece of a function's text is replaced, the function
 is compiled again, and its code is exchanged until the test has failed. No file changes. The test
 must pass before and fail by an assertion meanwhile (a crash does not count), and afterwards the
-function has its own code again. To add a mistake, add a row to `tests/mutants.py` or
-`tests/mutants_training.py` and run `python -m tools.mutant_page`.
+function has its own code again. To add a mistake, add a row to `tests/mutants.py` (Part I),
+`tests/mutants_training.py` or `tests/mutants_modern.py` and run `python -m tools.mutant_page`.
 
 | Mistake | Where | Noticed by |
 | --- | --- | --- |

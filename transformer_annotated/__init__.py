@@ -72,7 +72,7 @@ _NAMES = {
         "record_routing",
     ],
     "modern.ablation": [],
-    "modern.production": [],
+    "modern.production": ["MODELS", "Published", "as_config"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -56,9 +56,9 @@ def results(name: str) -> list[dict[str, Any]]:
 def measured(*rows: str) -> str:
     """What the ablation matrix (``book/results/ablation.jsonl``) found for these rows, as a table.
 
-    The paper's model comes first. Each line shows the loss of one task, in nats a token (translation)
-    or bits a byte (language): the mean over seeds, then the lowest and the highest of them. The last
-    column counts the seeds in which the row beat the paper's model.
+    The paper's model comes first. A line shows one task's loss, in nats a token (translation) or
+    bits a byte (language): the mean over seeds, then the lowest and the highest. The last column
+    counts the seeds in which the row beat the paper's model.
     """
     metrics = {"translation": "loss", "language": "bits_per_byte"}
     try:

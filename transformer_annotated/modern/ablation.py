@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -26,8 +26,8 @@ from transformer_annotated.modern.gated import GEGLU, GELU, SWIGLU
 from transformer_annotated.modern.grouped_query import grouped_queries
 from transformer_annotated.modern.language_model import (
     Characters,
-    any_text,
     bits_per_byte,
+    mean_loss,
     open_text,
     train_language_model,
 )
@@ -48,10 +48,10 @@ from transformer_annotated.paper.transformer import (
     count_parameters,
 )
 from transformer_annotated.training.batching import TokenBatchSampler
-from transformer_annotated.training.objective import CrossEntropy
+from transformer_annotated.training.objective import CrossEntropy, LossSum
 from transformer_annotated.training.reproduction import Recipe, prepare, read_results, score
 from transformer_annotated.training.schedule import adam, cosine
-from transformer_annotated.training.speed import FAST
+from transformer_annotated.training.speed import FAST, race
 from transformer_annotated.training.tokens import EncodedCorpus, load_tokenizer
 from transformer_annotated.training.trainer import (
     LossOf,
@@ -108,6 +108,7 @@ SCALES = {
         dropout=0.2, steps=1000, max_tokens=8192, peaks=(1e-3, 2e-3), text_steps=800, length=512,
         batch=64, text_peaks=(1e-3, 2e-3), window=32, bfloat16=True,
     ),
+    "wide": Scale(d_model=512, n_heads=8, d_ff=2048),  # the paper's width: for costs alone
     "tiny": Scale(
         text="toy", d_model=16, n_layers=1, n_heads=2, d_ff=32, steps=4, max_tokens=200,
         text_steps=4, length=16, batch=2, window=4,
@@ -252,6 +253,12 @@ def language(scale: Scale, config: Config, seed: int, peak: float) -> dict[str, 
 
 
 # %%
+def corpus(scale: Scale, work: Path) -> EncodedCorpus:
+    """The pairs to translate, German to English, as ids; kept in the folder `work`."""
+    recipe = Recipe(data=scale.data, source="de", target="en", vocab_size=scale.vocab_size)
+    return prepare(recipe, work / f"{scale.data}-de-en-{scale.vocab_size}.safetensors")
+
+
 def run(
     name: str, task: Task, seed: int, peaks: Sequence[float], scale: Scale, data: EncodedCorpus
 ) -> dict[str, Any]:
@@ -313,8 +320,7 @@ def work_off(
         raise ValueError(f"{results} holds runs of another budget than today's {scale_name!r}")
     done = {(line["row"], line["task"], line["seed"]) for line in lines}
     chosen = {(line["row"], line["task"]): line["peak"] for line in lines}
-    recipe = Recipe(data=scale.data, source="de", target="en", vocab_size=scale.vocab_size)
-    data = prepare(recipe, work / f"{scale.data}-de-en-{scale.vocab_size}.safetensors")
+    data = corpus(scale, work)
     for seed, name, task in itertools.product(seeds, names or known, tasks):
         if (name, task, seed) in done:
             continue
@@ -335,6 +341,83 @@ def work_off(
 
 
 # %%
+def training_step(
+    scale: Scale, task: Task, config: Config, data: EncodedCorpus
+) -> tuple[Transformer, Callable[[], LossSum], int]:
+    """A fresh model in training, the loss of one fixed batch, and the batch's tokens."""
+    torch.manual_seed(0)
+    device = default_device()
+    model = Transformer(config).to(device).train()
+    if task == "translation":
+        train = data.splits["train"]
+        sampler = TokenBatchSampler(train.lengths, scale.max_tokens)
+        pairs = collate([train[i] for i in sampler.epoch_batches(0)[0]]).to(device)
+        return model, lambda: CrossEntropy(0.1)(model, pairs), pairs.n_tokens
+    crops = torch.randint(config.vocab_size, (scale.batch, scale.length + 1), device=device)
+    n = scale.batch * scale.length
+    return model, lambda: LossSum(mean_loss(model, crops) * n, torch.zeros(()), n), n
+
+
+def costs(
+    scale: Scale, task: Task, names: Sequence[str], data: EncodedCorpus, rounds: int
+) -> list[dict[str, Any]]:
+    """Tokens a second and memory of a training step of each row, all measured in turn.
+
+    A line has the median, lowest and highest number of tokens a second over `rounds`; `relative`,
+    the median of the ratios to the first row in the same round; `kept_mib`, what a step keeps for
+    the backward pass; and `state_mib`: weights, gradients and Adam's two means.
+    """
+    runs: dict[str, Callable[[], None]] = {}
+    lines: dict[str, dict[str, Any]] = {}
+    tokens = 0
+    device_type = torch.device(default_device()).type
+    for name in names:
+        if task == "translation":
+            vocab_size = load_tokenizer(data.tokenizer_json).vocab_size
+        else:
+            vocab_size = Characters(open_text(scale.text).train).vocab_size
+        config = build(scale, task, vocab_size, rows(scale)[name])
+        model, loss, tokens = training_step(scale, task, config, data)
+        optimizer = adam(model.parameters())
+
+        def step(
+            loss: Callable[[], LossSum] = loss, optimizer: torch.optim.Optimizer = optimizer
+        ) -> None:
+            with torch.autocast(device_type, torch.bfloat16, enabled=scale.bfloat16):
+                sums = loss()
+            (sums.loss / sums.tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        runs[name] = step
+        parameters = sum(p.numel() for p in model.parameters())
+        lines[name] = {
+            "row": name, "task": task, "parameters": parameters,
+            "kept_mib": round(kept_bytes(model, loss) / 2**20, 2),
+            "state_mib": round(16 * parameters / 2**20, 2),
+        }  # fmt: skip
+    times = race(runs, rounds, seconds)
+    for name, line in lines.items():
+        speeds = sorted(tokens / spent for spent in times[name])
+        line["tokens_per_second"] = [round(x) for x in (median(speeds), speeds[0], speeds[-1])]
+        pairs = zip(times[names[0]], times[name], strict=True)
+        line["relative"] = round(median(first / spent for first, spent in pairs), 3)
+    return list(lines.values())
+
+
+def write_costs(scale_name: str, results: Path, work: Path, *, rounds: int) -> None:
+    """Measure `costs` of every row and task, and put them in place of earlier ones in `results`."""
+    scale = SCALES[scale_name]
+    data = corpus(scale, work)
+    about = {"scale": scale_name, "rounds": rounds, "machine": machine(), "commit": commit()}
+    lines = [line for line in read_results(results) if line["scale"] != scale_name]
+    for task in ("translation", "language"):
+        lines += [{**line, **about} for line in costs(scale, task, list(rows(scale)), data, rounds)]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+# %%
 def main(argv: list[str] | None = None) -> int:
     """Work off the matrix; exit status 3 if there is more to do, so that a script can repeat."""
     import argparse
@@ -345,11 +428,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=["translation", "language"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs"), help="the encoded corpus")
-    parser.add_argument("--results", type=Path, default=Path("book/results/ablation.jsonl"))
+    parser.add_argument("--results", type=Path, help="the file of lines, in book/results/ if not given")
     parser.add_argument("--minutes", type=float, help="start no run after so long")
+    parser.add_argument("--costs", type=int, metavar="ROUNDS", help="measure speed and memory only")
     options = parser.parse_args(argv)
+    usual = "ablation.jsonl" if options.costs is None else "ablation_costs.jsonl"
+    results = options.results or Path("book/results") / usual
+    if options.costs is not None:
+        write_costs(options.scale, results, options.work, rounds=options.costs)
+        return 0
     done = work_off(
-        options.scale, options.results, options.work, names=options.rows,
+        options.scale, results, options.work, names=options.rows,
         tasks=options.tasks or ("translation", "language"), seeds=options.seeds,
         minutes=options.minutes,
     )  # fmt: skip

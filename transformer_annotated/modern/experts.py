@@ -2,9 +2,18 @@
 r"""
 # Mixture of experts
 
-Many feed-forward networks in the place of one, and a router that sends each token to a few of them: more parameters, the same work for a
-token.
+Many feed-forward networks in the place of one, and a router that sends each token to a few of them: more parameters, the
+same work for a token.
 """
+
+# %% [markdown]
+# A feed-forward network that is eight times as wide does eight times the work for every token. Here is a way to have the parameters without most of the work, and what it costs instead.
+
+# %% mystnb={"figure": {"caption": "Chapter 34 of Part III: many feed-forward networks, of which a token uses a few.", "name": "fig-map-experts"}, "image": {"alt": "Twelve boxes in a row, one a chapter. The tenth, Experts, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(10);
 
 # %%
 import math
@@ -26,6 +35,135 @@ from transformer_annotated.training.objective import LossSum, Objective
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# %% [markdown]
+# The change to the config of 2017 is one path, `ffn`, in both stacks. Here for sixteen networks, of which a token uses two:
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import PAPER_BASE, diff, mixture_of_experts, patch
+#
+# print(diff(PAPER_BASE, patch(PAPER_BASE, mixture_of_experts(16, 2))))
+
+# %% mystnb={"figure": {"caption": "One seam changes: the feed-forward network, in every layer.", "name": "fig-seams-experts"}, "image": {"alt": "The model with its seams. The two boxes of the feed-forward networks are coloured."}} tags=["active-ipynb"]
+# figures.seams(["ffn"]);
+
+# %% [markdown]
+# ## One network, eight jobs
+#
+# Make a task with eight jobs in it. Vectors come from eight clouds, and each cloud has a matrix of its own. The right answer for a vector is that matrix times the vector's offset from the centre of its cloud. A network must find out which cloud it sees, and then do that cloud's job.
+
+# %% tags=["active-ipynb"]
+# from collections.abc import Callable
+#
+# import torch
+#
+# from transformer_annotated.book import scale
+#
+# full = scale() == "full"
+# D, jobs = 16, 8
+# generator = torch.Generator().manual_seed(0)
+# centres = 2 * torch.randn(jobs, D, generator=generator)
+# matrices = torch.randn(jobs, D, D, generator=generator) / 4
+#
+#
+# def sample(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+#     """n vectors, the right answers, and which job each one is."""
+#     job = torch.randint(jobs, (n,), generator=generator)
+#     delta = torch.randn(n, D, generator=generator)
+#     return centres[job] + delta, torch.einsum("nij,nj->ni", matrices[job], delta), job
+
+# %% [markdown]
+# Train two networks of the paper's kind, one with 32 hidden units and one with 256. The error is a share of the answers' own size: 1 is as bad as saying zero.
+
+# %% tags=["active-ipynb"]
+# def squared_error(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+#     return (network(x) - y).square().mean()
+#
+#
+# def fit(network: nn.Module, loss: Callable[..., Tensor] = squared_error) -> nn.Module:
+#     """A few hundred steps of Adam, 256 new vectors each."""
+#     generator = torch.Generator().manual_seed(1)
+#     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+#     for _ in range(600 if full else 20):
+#         x, y, _ = sample(256, generator)
+#         value = loss(network, x, y)
+#         optimizer.zero_grad()
+#         value.backward()
+#         optimizer.step()
+#     return network
+#
+#
+# def error(network: nn.Module) -> float:
+#     with torch.no_grad():
+#         x, y, _ = sample(4000, torch.Generator().manual_seed(7))
+#         return ((network(x) - y).square().mean() / y.square().mean()).item()
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# torch.manual_seed(0)
+# for d_ff in (32, 256):
+#     network = fit(FeedForward(D, d_ff))
+#     print(f"{d_ff:3d} hidden units: error {error(network):.3f}")
+
+# %% [markdown]
+# The wide one is much better, and every vector pays for all of its units. That is more than a vector needs. It has one job. The units that serve the other seven jobs are computed for it, too.
+#
+# ## The idea in a picture
+#
+# Give each job its own small network, and let a vector pass through that one alone. Nobody tells the model what the jobs are. So a **router**, one matrix, gives each token a score for each network. The networks with the highest scores are used, and their outputs are mixed. Such a network is an **expert** {cite:p}`jacobs1991adaptive`. That a token uses few of many experts, so that the others cost it no work, is the step of {cite:t}`shazeer2017outrageously`.
+
+# %% tags=["hide-input"]
+def draw_routing(weights: Tensor, tokens: list[str]) -> "Figure":
+    """Tokens below, experts above, and a line for each weight `(n, E)` above zero, as thick."""
+    import matplotlib.pyplot as plt
+
+    from transformer_annotated.figures import COLORS
+
+    n, n_experts = weights.shape
+    figure, ax = plt.subplots(figsize=(6.4, 2.8))
+    step = (n - 1) / (n_experts - 1)  # experts are spread over the width of the tokens
+    for token, expert in weights.nonzero().tolist():
+        weight, color = weights[token, expert].item(), COLORS[expert % len(COLORS)]
+        ax.plot([token, expert * step], [0, 1], color=color, linewidth=7 * weight, alpha=0.8)
+        x, y = token + 0.2 * (expert * step - token), 0.2
+        ax.text(x, y, f"{weight:.1f}", ha="center", va="center", fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+    for e in range(n_experts):
+        box = {"boxstyle": "round", "facecolor": COLORS[e % len(COLORS)], "edgecolor": "none"}
+        ax.text(e * step, 1.04, f"expert {e}", ha="center", color="white", bbox=box)
+    for i, token in enumerate(tokens):
+        ax.text(i, -0.04, token, ha="center", va="top")
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(-0.2, 1.2))
+    ax.axis("off")
+    return figure
+
+# %% mystnb={"figure": {"caption": "Each token passes through two of four experts; the numbers weigh the two answers and sum to one.", "name": "fig-routing"}, "image": {"alt": "Five words in a row below, four boxes of experts above. Two lines lead from each word to two experts, as thick as their weights."}} tags=["active-ipynb"]
+# sketch = [[0, 0.7, 0.3, 0], [0.6, 0, 0.4, 0], [0.8, 0, 0.2, 0], [0, 0.5, 0.5, 0], [0, 0, 0.1, 0.9]]
+# draw_routing(torch.tensor(sketch), ["the", "dog", "sleeps", "on", "straw"]);
+
+# %% [markdown]
+# In {numref}`fig-routing` the word *dog* never meets experts 1 and 3. For that word they need not be computed.
+#
+# ## From scores to weights
+#
+# Four experts, and a token's scores for them are 2, 1, 0 and -1. Two are to be used. What do their answers weigh?
+
+# %% tags=["active-ipynb"]
+# scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
+# best, chosen = scores.topk(2)
+# print("chosen:", chosen.tolist())
+# print("softmax of the two chosen:  ", best.softmax(dim=0))
+# print("softmax of all, then chosen:", scores.softmax(dim=0)[chosen])
+
+# %% [markdown]
+# Two conventions. In the first, the weights of a token sum to one, whatever the scores of the others are. {cite:t}`shazeer2017outrageously` and Mixtral {cite:p}`jiang2024mixtral` have it, and GShard {cite:p}`lepikhin2020gshard` arrives at the same numbers by division. In the second, what the others would have got is lost. Switch Transformers {cite:p}`fedus2021switch` and the first DeepSeekMoE {cite:p}`dai2024deepseekmoe` have that one. In letters: the router's matrix $W_r$ gives $E$ scores, $\mathcal{K}$ is the set of the $k$ highest, and
+#
+# $$
+# y = \sum_{e \in \mathcal{K}} g_e \; \mathrm{FFN}_e(x), \qquad
+# s = x W_r, \qquad
+# g_e = \frac{\exp s_e}{\sum_{j \in \mathcal{K}} \exp s_j}
+# $$ (eq-experts)
+#
+# The second convention lets $j$ run over all experts. In the code, that is one word in the line with `total`:
+
 # %%
 def route(logits: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor, Tensor]:
     """Logits `(..., E)` to the weights and the numbers of the chosen experts, both `(..., k)`.
@@ -43,6 +181,9 @@ def route(logits: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor,
     total = (best if renormalise else wide).logsumexp(dim=-1, keepdim=True)
     return (best - total).exp(), chosen
 
+# %% [markdown]
+# Now the mixture. Tokens are gathered by expert. Each expert gets its tokens as one small batch, and its answers are added to the rows they belong to. `gates` holds $g_e$, with zeros for the experts that were not chosen. (`capacity` is the subject of a later section. It is off.)
+
 # %%
 class MixtureOfExperts(nn.Module):
     """Many feed-forward networks, of which each token passes through `top_k` (Shazeer et al. 2017).
@@ -55,7 +196,8 @@ class MixtureOfExperts(nn.Module):
         renormalise: whether a token's weights sum to one (`route`). With `top_k=1` they are then
             1, and the loss does not teach the router: Switch Transformers take False.
         capacity: None, or the most choices that an expert takes from a call, as a multiple of an
-            even share (`within_capacity`); a choice beyond that adds nothing to its token.
+            even share (`within_capacity`); a choice beyond that adds nothing to its token, so
+            the output of a token then depends on all tokens of the call, later ones too.
 
     Raises:
         ValueError: a size below 1, `top_k` above `n_experts`, or a capacity not above 0.
@@ -105,18 +247,8 @@ def readers(gate: Tensor) -> Tensor:
         return torch.arange(len(gate), device=gate.device)
     return gate.nonzero()[:, 0]
 
-# %%
-def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
-    """Which choices `(n, k)` find a place: bool `(n, k)`.
-
-    An expert has `ceil(capacity * n * k / n_experts)` places. All first choices are served before
-    the second ones, and among those the tokens in their order (Lepikhin et al. 2020, algorithm 1).
-    """
-    n, k = chosen.shape
-    places = math.ceil(capacity * n * k / n_experts - 1e-9)  # 1.1 * 10 is a little above 11
-    queue = F.one_hot(chosen.T.flatten(), n_experts)  # (k n, E): first choices, then second ones
-    turn = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # 1 for whoever comes first to its expert
-    return (turn <= places).view(k, n).T
+# %% [markdown]
+# The patch is a dictionary with one entry, and a function writes it:
 
 # %%
 def mixture_of_experts(
@@ -134,7 +266,108 @@ def mixture_of_experts(
     )  # fmt: skip
     return {"ffn": mixture}
 
+# %% [markdown]
+# A fresh one, with four experts, and five tokens:
 
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# mixture = MixtureOfExperts(d_model=D, n_experts=4, top_k=2, expert=spec(FeedForward, d_ff=32))
+# x = torch.randn(1, 5, D)
+# weights, chosen = route(mixture.router(x), mixture.top_k)
+# print("experts of the five tokens:", chosen[0].tolist())
+# print("their weights:", [[round(w, 2) for w in pair] for pair in weights[0].tolist()])
+# print(tuple(x.shape), "->", tuple(mixture(x).shape))
+
+# %% [markdown]
+# ## Proof
+#
+# The definition, token by token, with every parameter redrawn, in double precision. Output and every gradient, the router's too:
+
+# %% tags=["active-ipynb"]
+# def by_loop(mixture: MixtureOfExperts, x: Tensor) -> Tensor:
+#     """The weighted sum over the chosen experts, for one token at a time."""
+#     rows = []
+#     for row in x.flatten(0, -2):
+#         s = [(w * row).sum() for w in mixture.router.weight]
+#         best = sorted(range(len(s)), key=lambda e, s=s: -s[e].item())[: mixture.top_k]
+#         total = sum(s[j].exp() for j in best)
+#         rows.append(sum(s[e].exp() / total * mixture.experts[e](row) for e in best))
+#     return torch.stack(rows).view_as(x)
+#
+#
+# mixture = mixture.double()
+# for parameter in mixture.parameters():
+#     nn.init.normal_(parameter, std=0.5)
+# x = torch.randn(2, 6, D, dtype=torch.float64, requires_grad=True)
+# direction = torch.randn(2, 6, D, dtype=torch.float64)
+# ours, theirs = mixture(x), by_loop(mixture, x)
+# torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+# wanted = [x, *mixture.parameters()]
+# for a, b in zip(*(torch.autograd.grad(y, wanted, direction) for y in (ours, theirs)), strict=True):
+#     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+# print("output and", len(wanted), "gradients equal, to 1e-10")
+
+# %% [markdown]
+# Two limits. One expert is the paper's network, bit by bit. All experts at once are a plain softmax mixture:
+
+# %% tags=["active-ipynb"]
+# x = torch.randn(2, 6, D)
+# single = MixtureOfExperts(D, n_experts=1, top_k=1, expert=spec(FeedForward, d_ff=32))
+# print("one expert equals FeedForward:", torch.equal(single(x), single.experts[0](x)))
+# every = MixtureOfExperts(D, n_experts=3, top_k=3, expert=spec(FeedForward, d_ff=32))
+# p = every.router(x).softmax(dim=-1)  # (B, T, E)
+# answers = torch.stack([expert(x) for expert in every.experts], dim=-1)  # (B, T, D, E)
+# torch.testing.assert_close(every(x), (answers * p[..., None, :]).sum(dim=-1), rtol=0, atol=1e-6)
+# print("all experts equal the softmax mixture, to 1e-6")
+
+# %% [markdown]
+# The test suite also copies the weights into Hugging Face's Mixtral block and compares output, gradients and balancing loss.
+#
+# ## A router that the loss does not teach
+#
+# With one expert a token, the two conventions part ways. Renormalised over one score, the weight is 1, always. It does not depend on the router. Look at the gradient:
+
+# %% tags=["active-ipynb"]
+# for renormalise in (True, False):
+#     torch.manual_seed(0)
+#     top_1 = MixtureOfExperts(D, 4, 1, expert=spec(FeedForward, d_ff=32), renormalise=renormalise)
+#     top_1(x).square().sum().backward()
+#     size = top_1.router.weight.grad.norm().item()
+#     print(f"renormalise={renormalise!s:6s} length of the router's gradient {size:.1e}")
+
+# %% [markdown]
+# What is left in the first line is at most rounding. Such a router keeps its first random matrix, and the training loss still falls, because the experts learn. So top-1 mixtures multiply by the probability among all experts, as the Switch Transformer does. From here on, `renormalise=False` goes with `top_k=1`.
+#
+# ## Eight jobs, eight experts
+#
+# Back to the task. Eight experts of 32 units each; a vector uses one:
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# eight = {"n_experts": 8, "top_k": 1, "expert": spec(FeedForward, d_ff=32), "renormalise": False}
+#
+#
+# def experts_of_jobs(network: MixtureOfExperts) -> Tensor:
+#     """Which share of each job's vectors goes to each expert: `(jobs, E)`."""
+#     x, _, job = sample(4000, torch.Generator().manual_seed(7))
+#     with torch.no_grad():
+#         _, chosen = route(network.router(x), 1)
+#     counts = torch.zeros(jobs, 8).index_put((job, chosen[:, 0]), torch.ones(4000), accumulate=True)
+#     return counts / counts.sum(dim=1, keepdim=True)
+#
+#
+# torch.manual_seed(0)
+# mixture = fit(MixtureOfExperts(D, **eight))
+# print(f"8 experts of 32 units, 1 used: error {error(mixture):.3f}")
+# print("the expert of each job:", experts_of_jobs(mixture).argmax(dim=1).tolist())
+
+# %% [markdown]
+# Compare with the two networks above. A vector meets 32 units and the router's eight scores, and the error is below that of 256 units. Nobody told the router what the jobs are. It found them, because an expert with one job does better than an expert with two. Look at the list, though. Some experts have two jobs, and some have none. We come back to that.
+#
+# ## What a token meets
+#
+# A mixture has two sizes: the parameters that exist, and the parameters that a token meets. The second are called **active**.
+
+# %%
 def active_parameters(config: Config) -> int:
     """How many parameters a token meets: all, but of each layer's experts only `top_k`.
 
@@ -149,29 +382,49 @@ def active_parameters(config: Config) -> int:
             idle += (len(module.experts) - module.top_k) * one
     return sum(p.numel() for p in model.parameters()) - idle
 
-# %%
-def balance_loss(logits: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
-    """E times the sum over experts of (share of the choices) times (mean probability).
+# %% [markdown]
+# For the base model of the paper, with eight experts of the paper's size in each layer, and two used:
 
-    1 when all experts get equal shares, and up to E when one gets everything (Fedus et al. 2021,
-    equation 4; for k above 1 the shares are of the k choices of all tokens, so they sum to one).
+# %% tags=["active-ipynb"]
+# from transformer_annotated import count_parameters
+#
+# configs = {
+#     "paper": PAPER_BASE,
+#     "8 experts, 1 used": patch(PAPER_BASE, mixture_of_experts(8, 1, renormalise=False)),
+#     "8 experts, 2 used": patch(PAPER_BASE, mixture_of_experts(8, 2)),
+#     "8 times as wide": patch(PAPER_BASE, {"ffn.d_ff": 8 * 2048}),
+# }
+# for name, config in configs.items():
+#     total, active = count_parameters(config)["total"], active_parameters(config)
+#     print(f"{name:18s} parameters {total / 1e6:6.1f} M   a token meets {active / 1e6:6.1f} M")
 
-    Args:
-        logits: `(..., E)`, the router's answers. The gradient flows through these alone.
-        chosen: `(..., k)`, the experts that were chosen.
-        real: bool `(...)`, True for the tokens that count; None if all do.
-    """
-    n_experts = logits.shape[-1]
-    count = torch.ones_like(chosen[..., 0], dtype=torch.bool) if real is None else real
-    shares = F.one_hot(chosen[count], n_experts).float().mean(dim=(0, 1))  # f, (E,)
-    means = logits[count].float().softmax(dim=-1).mean(dim=0)  # P, (E,)
-    return n_experts * (shares * means).sum()
+# %% [markdown]
+# Multiplications follow the last column. Does time? One layer's network, forward and backward, for 1024 tokens:
 
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from statistics import median
+#
+# from transformer_annotated.training.speed import race
+#
+# width, d_ff, n = (256, 512, 1024) if full else (16, 32, 32)
+# layers = {
+#     "dense": FeedForward(width, d_ff),
+#     "8 experts, 1 used": MixtureOfExperts(width, 8, 1, expert=spec(FeedForward, d_ff=d_ff)),
+#     "8 experts, 2 used": MixtureOfExperts(width, 8, 2, expert=spec(FeedForward, d_ff=d_ff)),
+#     "8 times as wide": FeedForward(width, 8 * d_ff),
+# }
+# x = torch.randn(n, width)
+# times = race({k: lambda m=m: m(x).sum().backward() for k, m in layers.items()}, 9 if full else 1)
+# for name, seconds in times.items():
+#     ratio = median(a / b for a, b in zip(seconds, times["dense"], strict=True))
+#     print(f"{name:18s}{1e3 * median(seconds):7.1f} ms   {ratio:5.2f} times the dense layer")
 
-def router_z_loss(logits: Tensor, real: Tensor | None = None) -> Tensor:
-    """Mean of the squared log-sum-exp of the logits `(..., E)` (Zoph et al. 2022, equation 5)."""
-    squares = logits.float().logsumexp(dim=-1).square()
-    return squares.mean() if real is None else squares[real].mean()
+# %% [markdown]
+# Two experts used should cost twice the dense layer, and one expert the same. What is above that is the price of gathering: small batches instead of a large one, rows copied out and added back. And all eight experts must lie in memory, whether a token uses them or not. A mixture saves work. It does not save memory.
+#
+# ## Collapse
+#
+# The router and the experts learn together, and that has a trap. An expert that gets more tokens learns faster. So it gives better answers, so it gets more tokens {cite:p}`shazeer2017outrageously`. In the end a few experts may do all the work, while the others never learn.
 
 # %%
 class Routing(NamedTuple):
@@ -208,6 +461,88 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
         for hook in hooks:
             hook.remove()
 
+# %% [markdown]
+# `record_routing` watches a model from outside, like `record_attention` in Chapter 4. It gives what each router said. And `shares` counts:
+
+# %%
+def shares(chosen: Tensor, n_experts: int) -> Tensor:
+    """Which share of the choices `(..., k)` each expert got: `(E,)`, and they sum to one."""
+    return F.one_hot(chosen.flatten(), n_experts).float().mean(dim=0)
+
+# %% [markdown]
+# To prevent the collapse, add a loss that is low when the load is even. The shares $f_e$ are counts. A count has no slope. So each is multiplied by something that has one: $P_e$, the mean probability that the router gives to expert $e$ {cite:p}`fedus2021switch`:
+#
+# $$
+# \mathcal{L}_{\mathrm{balance}} = E \sum_{e=1}^{E} f_e \, P_e, \qquad
+# f_e = \frac{\text{choices of } e}{n k}, \qquad
+# P_e = \frac{1}{n} \sum_{i=1}^{n} \mathrm{softmax}(s_i)_e
+# $$ (eq-balance)
+#
+# Its slope pushes down the probability of each expert in proportion to the load it has. With even shares the loss is 1, for any $k$, since $f$ is divided by $n k$ here. (Hugging Face leaves out the $k$, and gets $k$ instead of 1.)
+
+# %%
+def balance_loss(logits: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
+    """E times the sum over experts of (share of the choices) times (mean probability).
+
+    1 when all experts get equal shares, and up to E when one gets everything (Fedus et al. 2021,
+    equation 4; for k above 1 the shares are of the k choices of all tokens, so they sum to one).
+
+    Args:
+        logits: `(..., E)`, the router's answers. The gradient flows through these alone.
+        chosen: `(..., k)`, the experts that were chosen.
+        real: bool `(...)`, True for the tokens that count; None if all do.
+    """
+    n_experts = logits.shape[-1]
+    count = torch.ones_like(chosen[..., 0], dtype=torch.bool) if real is None else real
+    means = logits[count].float().softmax(dim=-1).mean(dim=0)  # P, (E,)
+    return n_experts * (shares(chosen[count], n_experts) * means).sum()
+
+# %% tags=["active-ipynb"]
+# logits = torch.zeros(8, 4)
+# print("in turn, unsure:   ", balance_loss(logits, torch.arange(8)[:, None] % 4).item())
+# logits[:, 2] = 5.0
+# print("all to 2, nearly sure:", round(balance_loss(logits, torch.full((8, 1), 2)).item(), 3))
+
+# %% [markdown]
+# The highest value is $E$. It belongs to a router that sends everything to one expert and is sure of it.
+#
+# Try it on the eight jobs. The same start, the same vectors, and a tenth of the balancing loss:
+
+# %% mystnb={"figure": {"caption": "Without a balancing loss some experts have two jobs and others none. With it, each has one.", "name": "fig-jobs"}, "image": {"alt": "Two heat maps of eight jobs and eight experts. Each row has one dark cell. In the left one some columns have two dark cells or none, in the right one each column has one."}} tags=["active-ipynb", "nbval-ignore-output"]
+# import matplotlib.pyplot as plt
+#
+#
+# def balanced_error(network: MixtureOfExperts, x: Tensor, y: Tensor) -> Tensor:
+#     with record_routing(network) as routings:
+#         value = squared_error(network, x, y)
+#     logits, _, chosen = routings[""]  # the name of the module itself is the empty string
+#     return value + 0.1 * balance_loss(logits, chosen)
+#
+#
+# torch.manual_seed(0)
+# balanced = fit(MixtureOfExperts(D, **eight), balanced_error)
+# fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.0), sharey=True)
+# networks = {"no balancing loss": mixture, "with it": balanced}
+# for ax, (name, network) in zip(axes, networks.items(), strict=True):
+#     table, title = experts_of_jobs(network), f"{name}, error {error(network):.3f}"
+#     figures.heatmap(ax, table, rows="01234567", cols="01234567", title=title, vmin=0, vmax=1)
+#     ax.set_xlabel("expert")
+# axes[0].set_ylabel("job");
+
+# %% [markdown]
+# In the left panel of {numref}`fig-jobs` some columns are empty: these experts were paid for and never used. In the right panel every expert has work, and the error in the title is smaller.
+#
+# A second loss keeps the scores themselves small, since a softmax of large scores is delicate in 16 bits: the **router z-loss**, the mean of $(\ln \sum_e \exp s_e)^2$ {cite:p}`zoph2022stmoe`.
+
+# %%
+def router_z_loss(logits: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean of the squared log-sum-exp of the logits `(..., E)` (Zoph et al. 2022, equation 5)."""
+    squares = logits.float().logsumexp(dim=-1).square()
+    return squares.mean() if real is None else squares[real].mean()
+
+# %% [markdown]
+# `Balanced` adds both to any objective of Chapter 15. The sum over layers is multiplied by the number of tokens, because objectives are sums. Filler does not count.
+
 # %%
 @dataclass(frozen=True)
 class Balanced:
@@ -243,3 +578,341 @@ class Balanced:
             extra = extra + self.weight * balance_loss(logits, chosen, real)
             extra = extra + self.z_weight * router_z_loss(logits, real)
         return LossSum(part.loss + part.tokens * extra, part.nll, part.tokens)
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import CrossEntropy, Transformer, collate
+#
+# SMALL = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "dropout": 0.0}
+# HEADS = {"self_attention.n_heads": 4, "cross_attention.n_heads": 4}
+# torch.manual_seed(0)
+# experts = mixture_of_experts(4, 2, expert=spec(FeedForward, d_ff=64))
+# model = Transformer(patch(PAPER_BASE, SMALL, HEADS, experts))
+# batch = collate([(torch.randint(4, 50, (n,)).tolist(),) * 2 for n in (5, 9, 3)])
+# for objective in (CrossEntropy(), Balanced(CrossEntropy())):
+#     part = objective(model, batch)
+#     print(f"loss {part.loss / part.tokens:.4f}   nll {part.nll / part.tokens:.4f} a token")
+
+# %% [markdown]
+# Four layers, a weight of 0.01, and a loss of a little more than 1 in each: that is the difference. `nll`, what is reported, is the same.
+#
+# ## On text
+#
+# Now a language model (Chapter 25), with pre-LN (Chapter 26), so that few steps suffice. It reads Shakespeare by characters. Four models do the same number of multiplications in their experts: the dense one with $F = 256$; eight experts of 256, one used; eight experts of 128, two used; and the second again without the balancing loss. `train_language_model` takes a loss of our own:
+
+# %% tags=["active-ipynb"]
+# import time
+#
+# from transformer_annotated import PRE_LN, bits_per_byte, train_language_model
+# from transformer_annotated.modern.language_model import Characters, any_text, language_model
+# from transformer_annotated.modern.language_model import mean_loss as language_loss
+#
+# text = any_text()
+# vocabulary = Characters(text.train + text.val + text.test)
+# train_ids = torch.tensor(vocabulary.encode(text.train))
+# val_ids = torch.tensor(vocabulary.encode(text.val)[: 10_000 if full else 500])
+# LAYER = "decoder.layers.1.ffn"  # the upper of two
+#
+#
+# def train_on_text(change: dict, weight: float, seed: int) -> tuple[Transformer, Tensor, float]:
+#     """The trained model, the upper layer's shares step by step, and seconds of processor time."""
+#     torch.manual_seed(seed)
+#     model = Transformer(patch(language_model(vocabulary.vocab_size), PRE_LN, change))
+#     seen: list[Tensor] = []
+#
+#     def loss(model: Transformer, ids: Tensor) -> Tensor:
+#         with record_routing(model) as routings:
+#             value = language_loss(model, ids)
+#         for name, (logits, _, chosen) in routings.items():
+#             value = value + weight * balance_loss(logits, chosen)
+#             if name == LAYER:
+#                 seen.append(shares(chosen, logits.shape[-1]))
+#         return value
+#
+#     start, steps = time.process_time(), 220 if full else 3
+#     train_language_model(model, train_ids, steps=steps, rate=4e-3, seed=seed, loss=loss)
+#     return model, torch.stack(seen) if seen else torch.empty(0), time.process_time() - start
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# top_1 = mixture_of_experts(8, 1, expert=spec(FeedForward, d_ff=256), renormalise=False)
+# top_2 = mixture_of_experts(8, 2, expert=spec(FeedForward, d_ff=128))
+# rows = {
+#     "dense": ({}, 0.0),
+#     "8 experts, 1 used": (top_1, 0.01),
+#     "8 experts, 2 used": (top_2, 0.01),
+#     "1 used, no balance": (top_1, 0.0),
+# }
+# runs = {
+#     name: [train_on_text(change, weight, seed) for seed in ((0, 1) if full else (0,))]
+#     for name, (change, weight) in rows.items()
+# }
+# print(text.name, "by characters;", len(val_ids), "of them to validate")
+# for name, seeds in runs.items():
+#     config = seeds[0][0].config
+#     total, active = count_parameters(config)["total"], active_parameters(config)
+#     bits = [f"{bits_per_byte(model, val_ids, len(val_ids)):.3f}" for model, _, _ in seeds]
+#     print(f"{name:18s} {total:9,} parameters, {active:8,} met   ", end="")
+#     print(f"bits a character {', '.join(bits)}   {min(run[2] for run in seeds):5.1f} s")
+
+# %% [markdown]
+# Read bits and seconds together. The models with experts have several times the parameters, need the same multiplications for a token, and take more time. A difference in bits that is no larger than the one between two seeds is no gain. A few hundred steps are few, and each expert sees a fraction of their tokens. The gains in the literature come from training that is larger by many orders of magnitude: the Switch Transformer reports the quality of its dense counterpart in a seventh of the time {cite:p}`fedus2021switch`. This page does not reproduce that.
+#
+# What it can show is the load:
+
+# %% tags=["hide-input"]
+def draw_shares(histories: dict[str, Tensor]) -> "Figure":
+    """One panel for each history of shares `(steps, E)`: the experts' shares, stacked."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(histories), figsize=(7.2, 2.8), sharey=True)
+    for ax, (name, history) in zip(axes, histories.items(), strict=True):
+        n_experts = history.shape[1]
+        width = min(10, len(history))  # a running mean: single steps are noisy
+        smooth = history.unfold(0, width, 1).mean(dim=-1)
+        steps = range(width, len(history) + 1)
+        colors = plt.get_cmap("viridis")([e / (n_experts - 1) for e in range(n_experts)])
+        ax.stackplot(steps, smooth.T.numpy(), colors=colors, edgecolor="white", linewidth=0.4)
+        ax.set(title=name, xlabel="step", ylim=(0, 1), xlim=(steps[0], max(steps[-1], 2)))
+        ax.grid(False)
+    axes[0].set_ylabel("share of the tokens")
+    return figure
+
+# %% mystnb={"figure": {"caption": "Without the balancing loss a few experts take nearly all tokens; with it, all eight work.", "name": "fig-load"}, "image": {"alt": "Two stacked area charts over the training steps, eight bands each, one an expert. In the left one most bands vanish. In the right one all eight stay."}} tags=["active-ipynb", "nbval-ignore-output"]
+# history = {"balancing loss, weight 0.01": runs["8 experts, 1 used"][0][1]}
+# draw_shares({"no balancing loss": runs["1 used, no balance"][0][1], **history});
+
+# %% [markdown]
+# Each band in {numref}`fig-load` is an expert, and its height is the share of tokens that it gets. On the left the bands close. An expert that is closed out gets no tokens, so it gets no gradient and stays as it is. On the right the same model, with the same first weights, keeps all eight.
+#
+# ## Who reads what
+#
+# Do experts mean something? Send the validation text through the balanced model and note, for each character, where the router of the upper layer sends it.
+
+# %% mystnb={"figure": {"caption": "Which of the eight experts reads which character, for the twenty most frequent ones.", "name": "fig-characters"}, "image": {"alt": "A heat map with eight experts down and twenty characters across. The shade shows which share of a character's occurrences goes to the expert."}} tags=["active-ipynb", "nbval-ignore-output"]
+# model = runs["8 experts, 1 used"][0][0].eval()
+# windows = val_ids[: len(val_ids) // 50 * 50].view(-1, 50)
+# with torch.no_grad(), record_routing(model) as routings:
+#     model(windows)
+# chosen, read = routings[LAYER].chosen.flatten(0, 1), windows.flatten()
+# common = read.bincount().argsort(descending=True)[:20]
+# table = torch.stack([shares(chosen[read == c], 8) for c in common], dim=1)  # (E, 20)
+# names = [{" ": "␣", "\n": "↵"}.get(s, s) for s in vocabulary.decode(common)]
+# fig, ax = plt.subplots(figsize=(7.2, 2.6))
+# image = figures.heatmap(ax, table, rows="01234567", cols=names, vmin=0, vmax=1)
+# ax.set(xlabel="character", ylabel="expert")
+# fig.colorbar(image, label="share");
+
+# %% [markdown]
+# In {numref}`fig-characters`, ␣ is the space and ↵ the end of a line. A column with one dark cell is a character that goes to one expert nearly always. But do not read a meaning into each cell; ask for a number. How uncertain is the expert before one knows the character, and after?
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# def entropy(p: Tensor) -> Tensor:
+#     """In bits, over the last dimension."""
+#     return -(p * p.clamp(min=1e-12).log2()).sum(dim=-1)
+#
+#
+# counts = torch.zeros(vocabulary.vocab_size, 8)
+# counts.index_put_((read, chosen[:, 0]), torch.ones(len(read)), accumulate=True)
+# often = counts.sum(dim=1)
+# after = (often / often.sum() * entropy(counts / often.clamp(min=1)[:, None])).sum()
+# print(f"the expert, before: {entropy(counts.sum(dim=0) / often.sum()):.2f} bits of at most 3")
+# print(f"given the character: {after:.2f} bits")
+
+# %% [markdown]
+# The difference is what the character tells; what is left depends on what stands around it. {cite:t}`jiang2024mixtral` looked for experts by topic in Mixtral and found none. What they saw was closer to syntax: the same words, indentation in code. *Expert* is a name, and no description.
+#
+# ## Capacity
+#
+# An expert that gets half of all tokens makes the others wait, if each has its own machine. And machines like shapes that are known in advance. So GShard and the Switch Transformer give each expert a fixed number of places,
+#
+# $$
+# C = \left\lceil c \cdot \frac{n k}{E} \right\rceil ,
+# $$ (eq-capacity)
+#
+# with $n$ tokens in the call and a **capacity factor** $c$ of 1 or a little more. A choice that finds no place is dropped: the expert adds nothing to that token. Around the sub-layer there is the residual, so the token itself goes on.
+#
+# Who is served first? All first choices, in the order of the tokens. Then all second choices.
+
+# %%
+def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
+    """Which choices `(n, k)` find a place: bool `(n, k)`.
+
+    An expert has `ceil(capacity * n * k / n_experts)` places. All first choices are served before
+    the second ones, and among those the tokens in their order (Lepikhin et al. 2020, algorithm 1).
+    """
+    n, k = chosen.shape
+    places = math.ceil(capacity * n * k / n_experts - 1e-9)  # 1.1 * 10 is a little above 11
+    queue = F.one_hot(chosen.T.flatten(), n_experts)  # (k n, E): first choices, then second ones
+    turn = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # 1 for whoever comes first to its expert
+    return (turn <= places).view(k, n).T
+
+# %% [markdown]
+# Six tokens want expert 0, two want expert 1, with a capacity factor of 1:
+
+# %% tags=["active-ipynb"]
+# chosen = torch.tensor([[0], [0], [0], [1], [0], [0], [1], [0]])
+# print("served:", within_capacity(chosen, 2, capacity=1.0)[:, 0].int().tolist())
+
+# %% [markdown]
+# The last two that want expert 0 get nothing. Whether *you* are served depends on who stands before you in the batch. These may be words of another sentence, or filler. With two choices it depends even on who stands *behind* you. Two tokens, two experts, one place each. Only the second token changes its mind:
+
+# %% tags=["active-ipynb"]
+# for second in ([0, 1], [1, 0]):
+#     kept = within_capacity(torch.tensor([[0, 1], second]), 2, capacity=0.5)
+#     print(f"token 1 wants {second}:  token 0 is served", kept[0].int().tolist())
+
+# %% [markdown]
+# The first choice of the later token goes before the second choice of the earlier one. That is a leak from the future, through a causal mask. Here it is in the logits of a sentence, all positions but the last; and without a capacity, for comparison:
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# change = mixture_of_experts(4, 2, expert=spec(FeedForward, d_ff=128))
+# config = patch(language_model(vocabulary.vocab_size), change)
+# torch.manual_seed(0)
+# ids, company = torch.randint(vocabulary.vocab_size, (2, 4, 12))
+# company[0], future = ids[0], ids.clone()  # the first sentence, among three others
+# future[0, -1] = (ids[0, -1] + 1) % vocabulary.vocab_size  # or with another last token
+# for capacity in (None, 1.0):
+#     torch.manual_seed(3)
+#     model = Transformer(patch(config, {"ffn.capacity": capacity})).eval()
+#     with torch.no_grad():
+#         moved = [(model(x) - model(ids))[0, :-1].abs().max() for x in (company, future)]
+#     print(
+#         f"capacity {capacity!s:4s}: company moves it by {moved[0]:.0e}, its future by {moved[1]:.0e}"
+#     )
+
+# %% [markdown]
+# With a capacity, both numbers are far above rounding. Without one, they are zero, or as small as rounding. Do not count on zero: an expert's batch has another size in other company, and a matrix product of another size may round in another order. If a test of yours compares bits, a mixture will fail it and be right.
+#
+# What follows is practical. With a capacity, a sentence decoded token by token has a router that sees one token at a time, and its capacities differ from those in training. A cached model does not equal the uncached one. Filler takes places. The order of the batch matters. One remedy is a larger capacity for evaluation than for training {cite:p}`zoph2022stmoe`; another is to have none.
+#
+# How much is lost? The trained models of the last section, read with less and less room:
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# def with_capacity(model: Transformer, capacity: float | None) -> tuple[float, float]:
+#     """Bits a character, and the share of the choices that are dropped."""
+#     for module in model.modules():
+#         if isinstance(module, MixtureOfExperts):
+#             module.capacity = capacity
+#     with torch.no_grad(), record_routing(model) as routings:
+#         model.eval()(windows)
+#     wanted = [chosen.flatten(0, 1) for _, _, chosen in routings.values()]
+#     kept = torch.stack([within_capacity(c, 8, capacity or 8.0) for c in wanted])
+#     return bits_per_byte(model, val_ids, len(val_ids)), 1 - kept.float().mean().item()
+#
+#
+# for name in ("8 experts, 1 used", "1 used, no balance"):
+#     for capacity in (None, 2.0, 1.25, 1.0):
+#         bits, dropped = with_capacity(runs[name][0][0], capacity)
+#         print(f"{name:19s} capacity {capacity!s:5s} dropped {dropped:4.0%}   {bits:.3f} bits")
+#     with_capacity(runs[name][0][0], None)
+
+# %% [markdown]
+# Where the load is even, little is dropped. Where a few experts have all the load, a large part of the tokens finds no place, and the text is predicted worse. A capacity needs a balanced router.
+#
+# ## The patch, measured
+#
+# An expert is any `ffn`, the gated network of Chapter 28 for instance. This is the block of Mixtral:
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import GatedFeedForward
+#
+# mixtral = mixture_of_experts(8, 2, expert=spec(GatedFeedForward, d_ff=14_336))
+# print(mixtral["ffn"])
+# for wrong in ({"top_k": 9}, {"n_experts": 0}, {"capacity": 0}):
+#     try:
+#         MixtureOfExperts(D, **wrong)
+#     except ValueError as problem:
+#         print(problem)
+
+# %% [markdown]
+# Next to the paper's model, on translation and on text, the same budget, three seeds each. Chapter 35 has the whole matrix. Look at whether the ranges overlap.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from transformer_annotated.book import measured
+#
+# print(measured("experts"))
+
+# %% [markdown]
+# ## What the paper said, and what came of it
+#
+# The paper of 2017 has one network a layer. In the same year and with an author in common, {cite:t}`shazeer2017outrageously` put thousands of experts between recurrent layers, with noise on the scores and two balancing losses. GShard put them into the Transformer, in every second layer, for translation with 600 billion parameters {cite:p}`lepikhin2020gshard`. The Switch Transformer showed that one expert a token is enough {cite:p}`fedus2021switch`. ST-MoE added the z-loss after training runs that diverged {cite:p}`zoph2022stmoe`.
+#
+# Mixtral 8x7B has eight gated experts in each layer, two used: 47 billion parameters, 13 billion active {cite:p}`jiang2024mixtral`. DeepSeekMoE cuts experts smaller and uses more of them, and adds **shared** experts that every token passes (Exercise 34.4) {cite:p}`dai2024deepseekmoe`. DeepSeek-V3 has 256 small experts a layer, eight used, one shared: 671 billion parameters, 37 billion active. Its scores go through a sigmoid, and the chosen ones are divided by their sum. It balances in another way: each expert has a number that is added to its score *for the choice only*, raised after a step in which the expert had too little, lowered after one in which it had too much {cite:p}`deepseek2024v3`. Only a very small balancing loss is left, within each sequence.
+#
+# Large systems place experts on different machines, and tokens travel between them. That traffic is why balance is worth a loss of its own. They drop the loop, too: one kernel multiplies all groups of rows by their own matrices at once. Our loop costs one call an expert. And under `torch.compile`, which wants shapes that do not depend on the data, our `readers` sends every token through every expert, with weights of zero: the same result for the work of all experts. A fixed capacity is GShard's answer to that wish.
+#
+# ## How it breaks
+#
+# - *The weights are forgotten.* The experts' answers are just added. The loss falls, and the router gets no gradient. Look at the router's gradient, as above.
+# - *Top-1, renormalised.* The same symptom, from a line that is right for two.
+# - *Collapse.* The loss looks normal. Print the shares, every thousand steps.
+# - *The balancing loss weighs too much.* Then the router sends tokens anywhere, as long as it is evenly. The shares look perfect then. Look at nll, too.
+# - *Filler is balanced, too.* It is one token many times over, and the loss pushes real tokens away from the experts that filler likes.
+# - *A capacity at inference.* The same prompt gives two answers in two batches.
+#
+# ## Takeaways
+#
+# - A router scores $E$ networks; a token passes $k$ of them, and $g_e$ weighs their answers: {eq}`eq-experts`.
+# - Parameters grow with $E$, multiplications with $k$, memory with $E$ again.
+# - Left alone, a router collapses. {eq}`eq-balance` gives counts a slope by multiplying them with probabilities.
+# - A capacity fixes the shapes, drops tokens, and lets the tokens of a batch depend on each other.
+#
+# ## Exercises
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated.book import check
+
+# %% [markdown]
+# **Exercise 34.1.** A layer has $D = 4096$ and eight gated experts of $F = 14{,}336$, each with three matrices and no biases; two are used. How many parameters has the mixture, router included? How many does a token meet? Answer with the two numbers.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("34.1", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# one, router = 3 * 4096 * 14_336, 4096 * 8
+# answer = [8 * one + router, 2 * one + router]
+# check("34.1", answer)
+
+# %% [markdown]
+# **Exercise 34.2.** Sixteen tokens, four experts, one used, a capacity factor of 1.25. Eight tokens want expert 0, four want expert 1, four want expert 2. How many places has an expert, and how many tokens are dropped? And how many with a factor of 1? Answer with three numbers.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("34.2", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# wanted = torch.tensor([0] * 8 + [1] * 4 + [2] * 4)[:, None]
+# dropped = [int((~within_capacity(wanted, 4, c)).sum()) for c in (1.25, 1.0)]
+# answer = [5, *dropped]
+# check("34.2", answer)
+
+# %% [markdown]
+# **Exercise 34.3.** Four experts, one used. The shares are 1/2, 1/2, 0, 0. What is the balancing loss if the mean probabilities are 0.4, 0.4, 0.1, 0.1? And if the router is undecided, with 1/4 for each? Answer with two numbers, and ask yourself what the second says about a loss of exactly 1.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("34.3", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# f = torch.tensor([0.5, 0.5, 0.0, 0.0])
+# answer = [4 * float(f @ torch.tensor(p)) for p in ([0.4, 0.4, 0.1, 0.1], [0.25] * 4)]
+# check("34.3", answer)  # a loss of 1 does not prove an even load
+
+# %% [markdown]
+# **Exercise 34.4.** Write `WithShared`, a subclass of `MixtureOfExperts` with the same arguments and one more expert, `self.shared`, that every token passes; its answer is added to the mixture's. Answer with the class.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("34.4", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# class WithShared(MixtureOfExperts):
+#     def __init__(self, d_model: int, *sizes: int, expert: Spec[nn.Module], **options: Any) -> None:
+#         super().__init__(d_model, *sizes, expert=expert, **options)
+#         self.shared = expert(d_model=d_model)
+#
+#     def forward(self, x: Tensor) -> Tensor:
+#         return super().forward(x) + self.shared(x)
+#
+#
+# check("34.4", WithShared)

@@ -3,8 +3,17 @@ r"""
 # Pre-LN and the final norm
 
 The norm moves from behind the addition to the front of the sub-layer. One line changes, deep models become easy to
-train, and one more norm is needed at the end of each stack.
+train, and each stack needs one more norm at its end.
 """
+
+# %% [markdown]
+# Chapter 6 built the frame around every sub-layer in the order of 2017, and Chapter 16 showed its price: without a warm-up, training can stay where it began. Almost every model since has another order.
+
+# %% mystnb={"figure": {"caption": "Chapter 26 of Part III: the frame, in another order.", "name": "fig-map-pre-ln"}, "image": {"alt": "Twelve boxes in a row, one a chapter. The second, Pre-LN, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(26);
 
 # %%
 from collections.abc import Callable
@@ -20,6 +29,9 @@ from transformer_annotated.training.speed import FastDropout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# %% [markdown]
+# The whole change is a class, whose last line is the point of this page, and a dictionary with two entries.
 
 # %%
 class PreNorm(nn.Module):
@@ -46,15 +58,458 @@ class PreNorm(nn.Module):
         """`(B, T, D)` to `(B, T, D)`."""
         return x + self.dropout(sublayer(self.norm(x)))
 
-
+# %%
 PRE_LN = {"residual": spec(PreNorm), "final_norm": True}
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import PAPER_BASE, diff, patch
+#
+# print(diff(PAPER_BASE, patch(PAPER_BASE, PRE_LN)))
+
+# %% mystnb={"figure": {"caption": "What pre-LN changes: the frame of every sub-layer, and a norm after each stack, which 2017 did not have.", "name": "fig-seams-pre-ln"}, "image": {"alt": "The two stacks of the Transformer. All five residual boxes and the final norm on top of each stack are coloured."}} tags=["active-ipynb"]
+# figures.seams(["residual", "final_norm"]);
+
+# %% [markdown]
+# ## What arrives if nobody speaks?
+#
+# Take four numbers, and sub-layers that answer with zeros. Nothing is added to anything. Send the numbers through six frames of 2017:
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import LayerNorm, PostNorm
+#
+# x = torch.tensor([2.0, 4.0, 6.0, 8.0])
+# y = x
+# for _ in range(6):
+#     y = PostNorm(4, spec(LayerNorm), dropout=0.0)(y, torch.zeros_like)
+# print("went in  ", x.tolist())
+# print("came out ", [round(number, 4) for number in y.tolist()])
+
+# %% [markdown]
+# The mean is lost, and so is the size: 2 to 8 became numbers of variance one. The residual connection was meant to be a direct way from bottom to top. In the order of 2017 it is none. A norm stands across it after every addition, and the gradient on its way down must pass through all of them.
+#
+# ## Off the direct way
+#
+# So put the norm somewhere else. There are few places:
+
+# %% tags=["hide-input"]
+def draw_frames() -> "Figure":
+    """Five frames side by side: what stands on the direct way, and what beside it."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
+
+    from transformer_annotated.figures import COLORS
+
+    frames: dict[str, tuple[list[str], bool, str]] = {  # the branch, a norm behind, on the way
+        "post-LN\n(2017)": (["sub-layer"], True, ""),
+        "pre-LN": (["norm", "sub-layer"], False, ""),
+        "sandwich": (["norm", "sub-layer", "norm"], False, ""),
+        "norm behind\nthe sub-layer": (["sub-layer", "norm"], False, ""),
+        "DeepNorm": (["sub-layer"], True, r"$\times\,\alpha$"),
+    }
+    figure, ax = plt.subplots(figsize=(7.2, 3.3))
+    ax.set(xlim=(-0.6, 14.8), ylim=(-0.6, 7.4))
+    ax.set_axis_off()
+    arrow = {"arrowstyle": "-|>", "color": COLORS[0], "linewidth": 2.2}
+
+    def box(x: float, y: float, text: str) -> None:
+        color = COLORS[1] if text == "norm" else "#F3F6FA"
+        shape = "round,pad=0.02,rounding_size=0.1"
+        ax.add_patch(FancyBboxPatch((x - 0.8, y - 0.3), 1.6, 0.6, boxstyle=shape,
+                                    facecolor=color, edgecolor="#555555", zorder=3))  # fmt: skip
+        ax.text(x, y, text, ha="center", va="center", fontsize=8.5, zorder=4,
+                color="white" if text == "norm" else "black")  # fmt: skip
+
+    for i, (name, (branch, behind, factor)) in enumerate(frames.items()):
+        way, side = 3.0 * i + 0.4, 3.0 * i + 1.5
+        ax.annotate("", (way, 6.3), (way, 0.0), arrowprops=arrow)
+        ax.plot([way, side, side, way], [0.4, 0.4, 4.4, 4.4], color="#555555", zorder=1)
+        for j, text in enumerate(branch):
+            box(side, 2.4 + 1.1 * (j - (len(branch) - 1) / 2), text)
+        ax.text(way, 4.4, "+", ha="center", va="center", zorder=5,
+                bbox={"boxstyle": "circle", "facecolor": "white", "edgecolor": "#555555"})  # fmt: skip
+        if behind:
+            box(way, 5.3, "norm")
+        if factor:
+            ax.text(way - 0.1, 3.4, factor, ha="right", va="center", fontsize=10)
+        ax.text(way + 0.6, 6.9, name, ha="center", va="center", fontsize=9)
+        ax.text(way, -0.3, "$x$", ha="center", va="center", fontsize=10)
+    return figure
+
+# %% mystnb={"figure": {"caption": "Five frames. In pre-LN, sandwich and the fourth, no norm stands on the direct way, the thick line; in post-LN and DeepNorm one does.", "name": "fig-frames"}, "image": {"alt": "Five small diagrams, each with a thick line from the input x upwards and a branch beside it. Post-LN: the branch holds the sub-layer, and a norm stands on the thick line after the addition. Pre-LN: norm and sub-layer on the branch. Sandwich: norm, sub-layer, norm on the branch. The fourth: sub-layer, then norm, on the branch. DeepNorm: like post-LN, with a factor alpha on the thick line."}} tags=["active-ipynb"]
+# draw_frames();
+
+# %% [markdown]
+# The thick line in {numref}`fig-frames` is the direct way. The second frame is **pre-LN**: the sub-layer reads a normalised copy, and its answer is added to $x$ itself.
+#
+# $$
+# y = x + \mathrm{Dropout}\bigl(\mathrm{Sublayer}(\mathrm{LayerNorm}(x))\bigr)
+# $$ (eq-pre-norm)
+#
+# Compare {eq}`eq-post-norm`: the same three operations. What the layers do together is now a plain sum. With $f_n$ for what sub-layer $n$ makes of its normalised input,
+#
+# $$
+# x_n = x_0 + \sum_{i=1}^{n} f_i(x_{i-1}), \qquad \frac{\partial x_n}{\partial x_{n-1}} = I + \frac{\partial f_n}{\partial x_{n-1}}
+# $$ (eq-pre-sum)
+#
+# The vector that runs from bottom to top is called the **residual stream**. Sub-layers read from it and write into it, and none of them can take anything away except by writing its opposite. The derivative contains the identity $I$. So a gradient arrives, unless the sub-layers cancel it exactly.
+#
+# ## The code
+#
+# It stands at the top of this page. The last line of `PreNorm` is {eq}`eq-pre-norm`. `dropout` is the cheap one of Chapter 17. The parameters keep the names that they have in `PostNorm`. Now the six silent frames again:
+
+# %% tags=["active-ipynb"]
+# y = x
+# for _ in range(6):
+#     y = PreNorm(4, spec(LayerNorm), dropout=0.0)(y, torch.zeros_like)
+# assert torch.equal(y, x)
+# print("came out ", y.tolist())
+
+# %% [markdown]
+# Exactly what went in. And with a sub-layer that does speak, the derivative is the identity plus the sub-layer's own, as {eq}`eq-pre-sum` says. Post-LN's derivative instead has two directions that lead to nothing, because a norm forgets the mean and, up to its $\epsilon$, the size:
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import FeedForward
+#
+# torch.manual_seed(0)
+# ffn, x = FeedForward(16, 32).double(), torch.randn(16).double()
+# pre, post = (frame(16, spec(LayerNorm), 0.0).double() for frame in (PreNorm, PostNorm))
+# for parameter in [*ffn.parameters(), *pre.parameters()]:
+#     nn.init.normal_(parameter, std=0.3)
+# post.load_state_dict(pre.state_dict())
+# jacobian = torch.autograd.functional.jacobian
+# alone = jacobian(lambda y: ffn(pre.norm(y)), x)  # (D, D)
+# whole = jacobian(lambda y: pre(y, ffn), x)
+# torch.testing.assert_close(whole, torch.eye(16).double() + alone, rtol=0, atol=1e-12)
+# singular = torch.linalg.svdvals(jacobian(lambda y: post(y, ffn), x))
+# print("pre-LN: identity plus the sub-layer's, to 1e-12")
+# print("post-LN: directions that lead to nothing:", int((singular < 1e-5 * singular[0]).sum()))
+
+# %% [markdown]
+# ## The sum grows
+#
+# Nothing on the direct way shrinks the stream any more, and each sub-layer adds to it. `stream_sizes` measures it after each layer.
+
+# %%
+@torch.no_grad()
+def stream_sizes(stack: Stack, x: Tensor) -> list[float]:
+    """The standard deviation of the vectors that enter a stack `(B, T, D)` and leave each layer.
+
+    There is no final norm in it. Entry 0 belongs to `x`, entry n to layer n. For a stack without
+    cross-attention.
+    """
+    sizes = [x.std(correction=0).item()]
+    handles = [
+        layer.register_forward_hook(
+            lambda module, args, out: sizes.append(out.std(correction=0).item())
+        )
+        for layer in stack.layers
+    ]
+    try:
+        stack(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+# %% mystnb={"figure": {"caption": "Post-LN returns vectors of size one from every layer. Pre-LN's stream grows with every layer.", "name": "fig-stream"}, "image": {"alt": "Standard deviation against layer, 0 to 24. The post-LN curve is flat at one. The pre-LN curve rises from one to about five."}} tags=["active-ipynb"]
+# import matplotlib.pyplot as plt
+#
+# from transformer_annotated import DECODER_ONLY, Transformer
+#
+# SMALL = {"vocab_size": 65, "d_model": 32, "ffn.d_ff": 128, "dropout": 0.0}
+# SMALL |= {"self_attention.n_heads": 4}
+# DEEP = patch(PAPER_BASE, DECODER_ONLY, SMALL, {"n_layers": 24})
+# torch.manual_seed(0)
+# random_ids = torch.randint(65, (16, 32))
+# fig, ax = plt.subplots(figsize=(7.2, 2.6))
+# for name, change in {"pre-LN": PRE_LN, "post-LN": {}}.items():
+#     model = Transformer(patch(DEEP, change))
+#     entering = model.embedding(random_ids, torch.arange(32)[None]).detach()
+#     ax.plot(stream_sizes(model.decoder, entering), label=name)
+# ax.set(xlabel="layer", ylabel="standard deviation", ylim=(0, None))
+# ax.legend();
+
+# %% [markdown]
+# If $n$ answers of size one have nothing to do with each other, their sum has size $\sqrt{n}$. The curve of pre-LN in {numref}`fig-stream` rises like such a root, and a little faster, so the answers have something to do with each other. Two things follow.
+#
+# First, a stack must not hand this on. The head would turn vectors that are too large into logits that are too large, and the model would be very sure of its first guesses. So a norm follows the last layer: the **final norm**. Here is the first loss, before any training, with and without it. Equal chances for all $V$ tokens would cost $\ln V$.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# import torch.nn.functional as F
+#
+# print(f"ln V                       loss {torch.tensor(65.0).log():5.2f}")
+# for name, change in {
+#     "pre-LN with a final norm": PRE_LN,
+#     "pre-LN without": {"residual": spec(PreNorm)},
+# }.items():
+#     torch.manual_seed(0)
+#     model = Transformer(patch(DEEP, change))
+#     logits = model(random_ids[:, :-1]).detach()  # (B, T, V)
+#     loss = F.cross_entropy(logits.transpose(1, 2), random_ids[:, 1:])
+#     print(f"{name:26s} loss {loss:5.2f}   standard deviation of the logits {logits.std():.2f}")
+
+# %% [markdown]
+# With the norm, the first loss is a little above that of equal chances. Without it, the model is sure, and wrong.
+#
+# Second, layers high up the stack matter little at the start: what one of them adds is small beside a large stream. This is what makes training calm. It is also an objection to pre-LN: a model that hardly depends on its upper layers may never use them well {cite:p}`liu2020understanding`.
+#
+# *Which stacks need the final norm?* Both. The decoder's goes to the head. The encoder's goes to cross-attention, and look at {eq}`eq-pre-norm` again: the norm in front of cross-attention acts on $x$, which makes the queries. Keys and values come from the memory as it is. Only the encoder's final norm stands between them and the growing stream.
+#
+# ## The patch
+#
+# So `PRE_LN` has two entries, and `final_norm` is one switch for every stack there is. It has one quarrel: `FAST` of Chapter 17 fills the seam `residual` too. A frame is either before or after, so `patch` refuses the two together. Take the rest of `FAST`; the cheap dropout is in `PreNorm` already.
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import FAST, SDPA, FastPostNorm
+#
+# REST = {path: part for path, part in FAST.items() if path != "residual"}
+# try:
+#     patch(PAPER_BASE, FAST, PRE_LN)
+# except ValueError as error:
+#     print(error)
+# print(diff(patch(PAPER_BASE, FAST), patch(PAPER_BASE, REST, PRE_LN)))
+
+# %% [markdown]
+# ## Proof
+#
+# `nn.Transformer(norm_first=True)` has pre-LN frames, and a final norm on each stack. Our model with the patch must equal it, with every weight redrawn and filler in the source. Its weights have other names; the map is the one of Chapter 8.
+
+# %% tags=["active-ipynb"]
+# TINY = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "dropout": 0.0, "ffn.d_ff": 64}
+# TINY |= {"self_attention.n_heads": 4, "cross_attention.n_heads": 4}
+# names = {
+#     "residuals.self_attention.norm": "norm1",
+#     "residuals.cross_attention.norm": "norm2",
+#     "self_attention": "self_attn",
+#     "cross_attention": "multihead_attn",
+#     "ffn.up": "linear1",
+#     "ffn.down": "linear2",
+# }
+# names |= {f"{part}_proj.": "in_proj_" for part in "qkv"}
+#
+#
+# def stock_name(name: str) -> str:
+#     name = name.replace("residuals.ffn.norm", "norm2" if name.startswith("encoder") else "norm3")
+#     for ours, theirs in names.items():
+#         name = name.replace(ours, theirs)
+#     return name
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# model = Transformer(patch(PAPER_BASE, TINY, PRE_LN)).double().eval()
+# for parameter in model.parameters():
+#     nn.init.normal_(parameter, std=0.3)
+# sizes = {"dim_feedforward": 64, "dropout": 0.0, "batch_first": True, "norm_first": True}
+# encoder = nn.TransformerEncoder(
+#     nn.TransformerEncoderLayer(32, 4, **sizes), 2, nn.LayerNorm(32), enable_nested_tensor=False
+# )
+# decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, **sizes), 2, nn.LayerNorm(32))
+# stock = nn.Transformer(
+#     32, 4, custom_encoder=encoder, custom_decoder=decoder, batch_first=True
+# ).double()
+# weights: dict[str, list[Tensor]] = {}
+# for name, value in model.state_dict().items():
+#     if not name.startswith("embedding"):
+#         weights.setdefault(stock_name(name), []).append(value)
+# print(stock.load_state_dict({name: torch.cat(values) for name, values in weights.items()}))
+
+# %% tags=["active-ipynb"]
+# src, tgt = torch.randint(4, 50, (2, 7)), torch.randint(4, 50, (2, 5))
+# padding = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+# ours = model.decode(tgt, model.encode(src, padding), padding)
+# theirs = stock(
+#     model.embedding(src, torch.arange(7)[None]),
+#     model.embedding(tgt, torch.arange(5)[None]),
+#     tgt_mask=torch.ones(5, 5).triu(1).bool(),  # PyTorch: True = hidden
+#     src_key_padding_mask=~padding,
+#     memory_key_padding_mask=~padding,
+# )
+# torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+# direction, table = torch.randn_like(ours), model.embedding.weight
+# torch.testing.assert_close(
+#     *(torch.autograd.grad(out, table, direction) for out in (ours, theirs)), rtol=0, atol=1e-10
+# )
+# print("vectors, and the gradient of the shared table, equal PyTorch's to 1e-10")
+
+# %% [markdown]
+# Loading was strict: PyTorch's model has no norm that ours lacks, and none too few. The test suite compares the gradient of every weight, in both precisions.
+#
+# ## Gradients before the first step
+#
+# Why should the order matter for training? {cite:t}`xiong2020layer` computed how large gradients are at the start. Take the second matrix of the last feed-forward network, in a model of $L$ layers. In post-LN its gradient is bounded by $O(D \sqrt{\ln D})$, whatever the depth. In pre-LN it is bounded by $O(D \sqrt{\ln D / L})$ (their theorem 1). The reason is {numref}`fig-stream`: the final norm divides by the size of the stream, which is about $\sqrt{L}$.
+#
+# Let us look. The task is the language model of Chapter 25: characters, one narrow decoder, no dropout. For each depth and order we take the mean over fresh models.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from transformer_annotated.book import machine, measured, scale
+# from transformer_annotated.modern.language_model import (
+#     Characters,
+#     any_text,
+#     language_model,
+#     mean_loss,
+#     train_language_model,
+# )
+#
+# full = scale() == "full"
+# DEPTHS = (6, 12, 24) if full else (1, 2)
+# text = any_text()
+# symbols = Characters(text.train + text.val + text.test)
+# ids = torch.tensor(symbols.encode(text.train[:200_000]))
+# share = ids.bincount().double() / len(ids)
+# floor = -torch.special.xlogy(share, share).sum().item()
+# print(
+#     f"{text.name}: {symbols.vocab_size} characters; their frequencies alone give {floor:.2f} nats"
+# )
+# torch.set_num_threads(1)
+# print(machine())
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# ORDERS = {"post-LN": {"residual": spec(FastPostNorm)}, "pre-LN": PRE_LN}
+#
+#
+# def model_of(order: dict, depth: int, seed: int) -> Transformer:
+#     torch.manual_seed(seed)
+#     shape = language_model(symbols.vocab_size, d_model=32, d_ff=128, n_layers=depth)
+#     return Transformer(patch(shape, SDPA, REST, order))
+#
+#
+# def gradients(order: dict, depth: int, seed: int) -> Tensor:
+#     """The norm of the gradient of each layer's second feed-forward matrix, (depth,)."""
+#     model = model_of(order, depth, seed)
+#     starts = torch.randint(len(ids) - 33, (16, 1))
+#     mean_loss(model, ids[starts + torch.arange(33)]).backward()
+#     return torch.stack([layer.ffn.down.weight.grad.norm() for layer in model.decoder.layers])
+#
+#
+# seeds = range(8 if full else 1)
+# found = {
+#     (name, depth): torch.stack([gradients(order, depth, seed) for seed in seeds])
+#     for name, order in ORDERS.items()
+#     for depth in DEPTHS
+# }  # each (seeds, depth)
+
+# %% mystnb={"figure": {"caption": "Before the first step. Post-LN: the top layer's gradient does not get smaller with depth. Pre-LN: the deeper the model, the smaller the gradients at the top.", "name": "fig-init-gradients"}, "image": {"alt": "Two panels, gradient norm against the place in the stack from bottom to top, a line for each of three depths. Left, post-LN: the lines of the deep models rise towards the top, and all end near one value. Right, pre-LN: the lines fall towards the top, and lie lower for deeper models."}} tags=["active-ipynb", "nbval-ignore-output"]
+# fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True)
+# for ax, name in zip(axes, ORDERS, strict=True):
+#     for depth in DEPTHS:
+#         place = (torch.arange(depth) + 1) / depth
+#         ax.plot(place, found[name, depth].mean(dim=0), marker=".", label=f"{depth} layers")
+#     ax.set(title=name, xlabel="place in the stack (1 is the top)", ylim=(0, None))
+# axes[0].set(ylabel="norm of the gradient")
+# axes[1].legend();
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# print("the top layer: mean gradient (lowest to highest), and times the root of the depth")
+# for (name, depth), norms in found.items():
+#     top = norms[:, -1]
+#     print(
+#         f"{name:8s} {depth:3d} layers   {top.mean():.2f} ({top.min():.2f} to {top.max():.2f})"
+#         f"   {top.mean() * depth**0.5:5.2f}"
+#     )
+# if full:
+#     tops = {name: [found[name, depth][:, -1].mean() for depth in DEPTHS] for name in ORDERS}
+#     assert tops["pre-LN"][0] > tops["pre-LN"][1] > tops["pre-LN"][2]
+#     assert all(a > b for a, b in zip(tops["post-LN"], tops["pre-LN"], strict=True))
+
+# %% [markdown]
+# In pre-LN the last column stays near one value: the gradient falls like one over the root of the depth. In post-LN the mean itself does not fall. The theory is about bounds and wide models, and it fits what we see in a narrow one. {numref}`fig-init-gradients` shows the rest of the stack: in pre-LN the large gradients are at the bottom, and in a deep post-LN model they are at the top.
+#
+# ## The race
+#
+# Now train. Two orders, three depths, with a warm-up and without. Everything else is equal: the first weights, the crops of text, the peak rate, the cosine after it. Depth 24 is the most expensive and gets one seed, the others two.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# import time
+#
+# STEPS, WARM_UP, PEAK = (150, 60, 3e-3) if full else (4, 2, 3e-3)
+# SEEDS = {6: 2, 12: 2, 24: 1} if full else {1: 1, 2: 1}
+#
+#
+# def curve(model: Transformer, seed: int, warm_up: int, **change: float) -> list[float]:
+#     """The loss of each step."""
+#     plan = {"steps": STEPS, "rate": PEAK, "length": 32, "batch": 8, **change}
+#     return train_language_model(model, ids, warm_up=warm_up, seed=seed, **plan)
+#
+#
+# start = time.process_time()
+# runs = {
+#     (name, depth, warm_up): [
+#         curve(model_of(order, depth, s), s, warm_up) for s in range(SEEDS[depth])
+#     ]
+#     for depth in DEPTHS
+#     for name, order in ORDERS.items()
+#     for warm_up in (WARM_UP, 1)
+# }
+# print(f"{time.process_time() - start:.0f} s of processor time")
+
+# %% tags=["hide-input"]
+def draw_runs(runs: dict[tuple[str, int, int], list[list[float]]], floor: float) -> "Figure":
+    """Smoothed losses, a panel a depth; runs are keyed by (order, depth, steps of warm-up)."""
+    import matplotlib.pyplot as plt
+
+    from transformer_annotated.figures import COLORS
+
+    orders = list(dict.fromkeys(order for order, _, _ in runs))
+    depths = sorted({depth for _, depth, _ in runs})
+    figure, axes = plt.subplots(
+        1, len(depths), figsize=(7.2, 3.1), sharey=True, squeeze=False, layout="constrained"
+    )
+    for (order, depth, warm_up), curves in runs.items():
+        ax = axes[0, depths.index(depth)]
+        for i, curve in enumerate(curves):
+            width = min(15, len(curve))
+            smooth = torch.tensor(curve).unfold(0, width, 1).mean(dim=-1)
+            label = f"{order}, {'warm-up' if warm_up > 1 else 'no warm-up'}" if i == 0 else None
+            ax.plot(range(width, len(curve) + 1), smooth, label=label, linewidth=1.4,
+                    color=COLORS[1 - orders.index(order)],
+                    linestyle="-" if warm_up > 1 else "--")  # fmt: skip
+    for ax, depth in zip(axes[0], depths, strict=True):
+        ax.axhline(floor, color="black", linestyle=":", linewidth=1.2)
+        ax.set(title=f"{depth} layers", xlabel="step")
+    axes[0, 0].set(ylabel="loss, in nats")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+# %% mystnb={"figure": {"caption": "Every pre-LN run leaves the dotted line of character frequencies, at every depth, with a warm-up and without. Of the post-LN runs only those of six layers with a warm-up begin to.", "name": "fig-orders"}, "image": {"alt": "Three panels, 6, 12 and 24 layers, loss against step. Blue pre-LN curves, solid and dashed, fall through a dotted line and go on falling in all panels. Orange post-LN curves come down to the dotted line and stay there; with six layers and a warm-up they begin to leave it."}} tags=["active-ipynb", "nbval-ignore-output"]
+# draw_runs(runs, floor);
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# def end(curve: list[float]) -> float:
+#     return sum(curve[-20:]) / len(curve[-20:])
+#
+#
+# print(f"mean loss of the last twenty steps, a number a seed; frequencies {floor:.2f}")
+# for (name, depth, warm_up), curves in runs.items():
+#     rise = f"warm-up {warm_up:2d}" if warm_up > 1 else "no warm-up"
+#     print(f"{depth:3d} layers  {name:8s} {rise:11s}", *(f"{end(curve):.2f}" for curve in curves))
+# if full and text.name == "shakespeare":
+#     ends = {key: max(map(end, curves)) for key, curves in runs.items()}
+#     assert all(worst < floor - 0.4 for (name, *_), worst in ends.items() if name == "pre-LN")
+#     assert min(min(map(end, c)) for k, c in runs.items() if k[:2] == ("post-LN", 24)) > floor - 0.15
+
+# %% [markdown]
+# No run exploded. A run fails here as in Chapter 16: it learns how frequent each character is, and stays there. In {numref}`fig-orders` the dotted line is that point.
+#
+# Pre-LN does not need the warm-up to leave it, and hardly notices the depth: the 24 layers train like the six. That is the finding, and it comes with three reservations. Deeper was not better here, in so few steps. A peak rate that suits one order need not suit the other. And the warm-up saved post-LN at six layers only; at 12 and 24 it did not, within this budget.
+#
+# None of this says that deep post-LN cannot be trained. BERT has 24 such layers, and was trained with 10,000 steps of warm-up {cite:p}`devlin2019bert`. With pre-LN, no such care was needed here.
+#
+# ## Two more frames
+#
+# **Sandwich.** A norm on both sides of the sub-layer, the third picture of {numref}`fig-frames`:
+#
+# $$
+# y = x + \mathrm{Dropout}\bigl(\mathrm{LayerNorm}_2(\mathrm{Sublayer}(\mathrm{LayerNorm}_1(x)))\bigr)
+# $$ (eq-sandwich)
+#
+# No sub-layer can write anything huge into the stream, whatever its weights have become. CogView introduced it against overflows in 16 bits {cite:p}`ding2021cogview`, and Gemma 2 has it around every sub-layer {cite:p}`gemma2024gemma2`.
 
 # %%
 class SandwichNorm(PreNorm):
     """A norm on both sides of the sub-layer: `x + dropout(norm_out(sublayer(norm(x))))`.
 
-    CogView (Ding et al. 2021, section 2.3) and Gemma 2 (2024, section 2) have it. `norm_out` is
-    the only parameter that `PreNorm` lacks. The arguments are those of `PreNorm`.
+    CogView (Ding et al. 2021) and Gemma 2 (2024) have it. The parameters of `norm_out` are the only
+    ones that `PreNorm` lacks. The arguments are those of `PreNorm`.
     """
 
     def __init__(self, d_model: int, norm: Spec[nn.Module], dropout: float) -> None:
@@ -65,7 +520,16 @@ class SandwichNorm(PreNorm):
         """`(B, T, D)` to `(B, T, D)`."""
         return x + self.dropout(self.norm_out(sublayer(self.norm(x))))
 
+# %% [markdown]
+# **DeepNorm** stays with post-LN and makes the direct way heavier {cite:p}`wang2022deepnet`:
+#
+# $$
+# y = \mathrm{LayerNorm}\bigl(\alpha\, x + \mathrm{Dropout}(\mathrm{Sublayer}(x))\bigr)
+# $$ (eq-deepnorm)
+#
+# With $\alpha > 1$, each layer changes its input less than in post-LN. The first weights of the feed-forward network, of `v_proj` and of `out_proj` are also made smaller, by a factor $\beta$. Both numbers depend on the depth.
 
+# %%
 class DeepNorm(PreNorm):
     """Post-LN with a heavier direct way: `norm(alpha * x + dropout(sublayer(x)))` (Wang et al. 2022).
 
@@ -131,24 +595,154 @@ def deepnorm_init(model: nn.Module, beta: float) -> None:
     for linear in chosen:
         linear.weight.mul_(beta)
 
-# %%
-@torch.no_grad()
-def stream_sizes(stack: Stack, x: Tensor) -> list[float]:
-    """The standard deviation of the vectors that enter a stack `(B, T, D)` and leave each layer.
+# %% tags=["active-ipynb"]
+# for depths in ({"decoder": 24}, {"encoder": 6, "decoder": 6}):
+#     for stack, (alpha, beta) in deepnorm_constants(**depths).items():
+#         print(f"{depths}   {stack}: alpha {alpha:.3f}   beta {beta:.3f}")
 
-    There is no final norm in it. Entry 0 belongs to `x`, entry n to layer n. For a stack without
-    cross-attention.
-    """
-    sizes = [x.std(correction=0).item()]
-    handles = [
-        layer.register_forward_hook(
-            lambda module, args, out: sizes.append(out.std(correction=0).item())
-        )
-        for layer in stack.layers
-    ]
-    try:
-        stack(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes
+# %% [markdown]
+# For two stacks the constants differ, and our seam `residual` holds one frame for both. So a config of this book describes DeepNorm exactly where there is one stack.
+#
+# Each against its formula, written out with PyTorch's norm, and the limit: with $\alpha = 1$ DeepNorm must be post-LN.
+
+# %% tags=["active-ipynb"]
+# def norm(x: Tensor, module: nn.Module) -> Tensor:
+#     return F.layer_norm(x, (16,), module.weight, module.bias)
+#
+#
+# sandwich = SandwichNorm(16, spec(LayerNorm), 0.0).double()
+# deep = DeepNorm(16, spec(LayerNorm), 0.0, alpha=2.5).double()
+# unit = DeepNorm(16, spec(LayerNorm), 0.0, alpha=1.0).double()
+# for parameter in nn.ModuleList([sandwich, deep]).parameters():
+#     nn.init.normal_(parameter)
+# unit.load_state_dict(post.state_dict())
+# x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+# direction = torch.randn_like(x)
+# for ours, formula in (
+#     (sandwich(x, ffn), x + norm(ffn(norm(x, sandwich.norm)), sandwich.norm_out)),
+#     (deep(x, ffn), norm(2.5 * x + ffn(x), deep.norm)),
+#     (unit(x, ffn), post(x, ffn)),
+# ):
+#     pairs = [(torch.autograd.grad(y, x, direction)[0], y) for y in (ours, formula)]
+#     torch.testing.assert_close(*pairs, rtol=0, atol=1e-10)
+# print("sandwich, DeepNorm, and DeepNorm with alpha 1: output and gradient equal, to 1e-10")
+
+# %% [markdown]
+# Do they train twelve layers where post-LN did not? Also, was it the rate, or were the steps too few? Here every run gets twice the steps, with the warm-up, one seed.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# depth, SANDWICH = DEPTHS[1], {"residual": spec(SandwichNorm), "final_norm": True}
+# alpha, beta = deepnorm_constants(decoder=depth)["decoder"]
+# HEAVY = {"residual": spec(DeepNorm, alpha=alpha)}
+# rows = {
+#     "post-LN": (ORDERS["post-LN"], PEAK, 1.0),
+#     "post-LN, a third of the rate": (ORDERS["post-LN"], PEAK / 3, 1.0),
+#     "sandwich": (SANDWICH, PEAK, 1.0),
+#     "DeepNorm": (HEAVY, PEAK, beta),
+# }
+# last = {}
+# print(f"{depth} layers, {2 * STEPS} steps; loss half-way and at the end; frequencies {floor:.2f}")
+# for name, (order, peak, factor) in rows.items():
+#     model = model_of(order, depth, seed=0)
+#     deepnorm_init(model, factor)  # a factor of 1 changes nothing
+#     losses = curve(model, 0, WARM_UP, rate=peak, steps=2 * STEPS)
+#     last[name] = end(losses)
+#     print(f"{name:28s} {end(losses[:STEPS]):.2f}   {last[name]:.2f}")
+# if full and text.name == "shakespeare":
+#     assert min(last["post-LN"], last["post-LN, a third of the rate"]) > floor - 0.15
+#     assert max(last["sandwich"], last["DeepNorm"]) < floor - 0.15
+
+# %% [markdown]
+# Neither a smaller rate nor twice the steps moves post-LN from the dotted line. The sandwich leaves it as pre-LN did. DeepNorm leaves it late: the small first weights and the heavy direct way buy safety and cost steps, here at least. It was made for much deeper models. Its authors trained 1,000 layers.
+#
+# ## Measured on both tasks
+#
+# Chapter 35 trains the paper's model and every patch of this part with the same budget, three seeds each, on translation and on text. Here is this chapter's row. Look at whether the ranges overlap.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# print(measured("pre_ln"))
+
+# %% [markdown]
+# ## What the paper said, and what came after
+#
+# The paper is post-LN (sections 3.1 and 5.4). The authors' library soon was not. Its settings spell the frame as two strings: what happens before a sub-layer and what after, with `d` for dropout, `a` for add, `n` for norm. `transformer_base_v1` has nothing before and `dan` after. From `transformer_base_v2` on it is `n` before and `da` after: pre-LN {cite:p}`vaswani2018tensor2tensor`. So whoever trained with that library's later settings trained a model that the paper does not describe.
+#
+# - {cite:t}`wang2019learning` trained deep encoders for translation with it, of up to 30 layers.
+# - {cite:t}`nguyen2019transformers` found it a gain on small corpora, without any warm-up, and a loss on a large one.
+# - {cite:t}`liu2020understanding` argue that large gradients are not the whole story: in post-LN, small changes of weights are amplified from layer to layer. They keep post-LN and change the first weights.
+# - GPT-2 moved the norm to the input of each sub-layer and added one after the last layer. It also divided the first weights of residual layers by the root of their number, against the growth of {numref}`fig-stream` {cite:p}`radford2019language`. T5 and Llama have pre-LN too {cite:p}`raffel2020exploring,touvron2023llama`.
+# - Gemma 2 has the sandwich. OLMo 2 has the fourth picture of {numref}`fig-frames`: one norm, *behind* the sub-layer and inside the residual, $x + \mathrm{norm}(\mathrm{Sublayer}(x))$ {cite:p}`olmo2024olmo2`. You write it in Exercise 26.3.
+#
+# ## How it breaks
+#
+# - *No final norm.* The first loss is far above $\ln V$, and training spends its first steps on making logits smaller. Print the first loss.
+# - *A final norm on the decoder alone.* Everything runs; keys and values of cross-attention are too large, and the more so the deeper the encoder.
+# - *The norm on the direct way.* `x = norm(x); x = x + sublayer(x)` looks like pre-LN. The stream is cut at every layer. Silence the sub-layers: the output must equal the input, to the last bit.
+# - *Weights in the wrong frame.* Names and shapes are the same for `PreNorm` and `PostNorm`, so a checkpoint loads into either. Only the final norm's names tell them apart. Compare logits.
+#
+# ## Takeaways
+#
+# - Pre-LN leaves the direct way free: {eq}`eq-pre-norm`. Its derivative contains the identity.
+# - The stream then grows with depth, so each stack needs a final norm; the encoder's serves cross-attention.
+# - Before the first step, gradients at the top shrink like one over the root of the depth. In post-LN they do not.
+# - Here pre-LN trained at every depth, with and without warm-up. Post-LN needed the warm-up at six layers, and more than we gave it at 12 and 24.
+#
+# ## Exercises
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated.book import check
+
+# %% [markdown]
+# **Exercise 26.1.** A stream starts with standard deviation 1. Each of 2 sub-layers in each of 24 layers adds an answer of standard deviation 1, and no two of them have anything to do with each other. What is the standard deviation at the top? And after how many layers is it 5? Answer with the two numbers.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("26.1", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# # Variances add up: 1 + 48 at the top, and 1 + 2 n = 25.
+# answer = [49**0.5, 12]
+# check("26.1", answer)
+
+# %% [markdown]
+# **Exercise 26.2.** How many parameters does `PRE_LN` add to the base model of the paper? And `SandwichNorm` with a final norm? Answer with the two numbers.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("26.2", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# from transformer_annotated import count_parameters
+#
+# base = count_parameters(PAPER_BASE)["total"]
+# answer = [
+#     count_parameters(patch(PAPER_BASE, change))["total"] - base for change in (PRE_LN, SANDWICH)
+# ]
+# check("26.2", answer)
+
+# %% [markdown]
+# **Exercise 26.3.** Write OLMo 2's frame: one norm, behind the sub-layer and inside the residual, with dropout last. A class with the arguments of `PreNorm`. Answer with the class.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("26.3", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# class InsideNorm(PreNorm):
+#     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+#         return x + self.dropout(self.norm(sublayer(x)))
+#
+#
+# check("26.3", InsideNorm)
+
+# %% [markdown]
+# **Exercise 26.4.** A silent post-LN frame forgets mean and size. Send the vector $(2, 4, 6, 8)$ through six silent DeepNorm frames with $\alpha = 3$. What comes out? Think before you compute: four numbers, to three digits.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("26.4", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# # A norm does not see a factor: the result is that of one norm, (x - 5) / sqrt(5).
+# answer = [(number - 5) / 5**0.5 for number in (2, 4, 6, 8)]
+# check("26.4", answer)

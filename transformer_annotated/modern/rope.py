@@ -6,6 +6,15 @@ Queries and keys are turned, pair by pair, by an angle that grows with their pos
 distance between two words and not on where in the text they stand.
 """
 
+# %% [markdown]
+# Chapter 7 added the position to the word. This chapter leaves the word alone and turns what is compared. Most models of today do it this way.
+
+# %% mystnb={"figure": {"caption": "Chapter 29 of Part III: positions as turns.", "name": "fig-map-rope"}, "image": {"alt": "Twelve boxes in a row, one a chapter. The fifth, RoPE, is filled."}} tags=["active-ipynb", "remove-input"]
+# from transformer_annotated import figures
+#
+# figures.use_style()
+# figures.reading_map(29);
+
 # %%
 from typing import Any, Protocol
 
@@ -14,6 +23,128 @@ from torch import Tensor, nn
 
 from transformer_annotated.paper.embedding import frequencies
 from transformer_annotated.paper.parts import Spec, check_sizes, spec
+
+# %% [markdown]
+# Two seams change. The embedding gives up its sinusoids, and self-attention gets positions of its own:
+
+# %% mystnb={"figure": {"caption": "RoPE takes the positions out of the embedding and puts them into self-attention; cross-attention stays as it was.", "name": "fig-seams-rope"}, "image": {"alt": "Two stacks of boxes, encoder and decoder. The embeddings and the self-attentions of both are coloured; all other boxes are pale."}} tags=["active-ipynb"]
+# from transformer_annotated import figures
+#
+# figures.seams(["embedding", "self_attention"]);
+
+# %% [markdown]
+# ## What does a score know?
+#
+# A text says *the dog sleeps* on its first page and again on its ninth. The two sentences mean the same. Does attention see the same? Take the 2017 way: add a sinusoid to each
+# word, project, and score. The two words stay three places apart, and we move both along the text.
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import Sinusoid
+#
+# torch.manual_seed(0)
+# dog, sleeps = torch.randn(2, 16)
+# W_q, W_k = torch.randn(2, 16, 16) / 4
+# clock = Sinusoid(d_model=16)
+#
+#
+# def place(p: int) -> Tensor:
+#     """The sinusoid of position p: `(16,)`."""
+#     return clock(torch.tensor([[p]]))[0, 0]
+#
+#
+# for start in (0, 10, 100, 1000):
+#     q, k = (sleeps + place(start + 3)) @ W_q, (dog + place(start)) @ W_k
+#     print(f"places {start + 3:4d} and {start:4d}: score {q @ k:6.2f}")
+
+# %% [markdown]
+# Four places, four scores. Multiply the sum out and you see why. With words $x, y$, places $p_i, p_j$ and $W = W^Q W^{K\top}$, the score is
+#
+# $$
+# (x + p_i)\, W\, (y + p_j)^\top = x W y^\top + x W p_j^\top + p_i W y^\top + p_i W p_j^\top .
+# $$ (eq-four-terms)
+#
+# The first term knows no place. The second and the third know *where* one of the words stands, not how far apart they are. The last could know the distance, for a special $W$; a
+# model has to learn it. What we would like is a score that knows the two words and the distance $i - j$, for every $W$.
+#
+# ## Two arrows
+#
+# Let queries and keys have two numbers each. They are arrows in a plane, and their product is $|q|\,|k|$ times the cosine of the angle between them. Turn both arrows by the same
+# angle: the angle between them stays, and so does the product. Now turn the query by $i$ times some angle and the key by $j$ times that angle. The angle between them changes
+# by $i - j$ times the angle. That is the whole idea. Try it, with half a radian a position:
+
+# %% tags=["active-ipynb"]
+# def turned(arrow: Tensor, angle: float) -> Tensor:
+#     """An arrow `(2,)`, turned to the left by `angle` radians."""
+#     a, b = arrow
+#     c, s = torch.tensor(angle).cos(), torch.tensor(angle).sin()
+#     return torch.stack((a * c - b * s, b * c + a * s))
+#
+#
+# q, k = torch.tensor([0.8, 0.6]), torch.tensor([1.0, 0.2])
+# for i, j in ((3, 1), (8, 6), (103, 101), (3, 3), (8, 3)):
+#     score = turned(q, 0.5 * i) @ turned(k, 0.5 * j)
+#     print(f"query at {i:3d}, key at {j:3d}, distance {i - j}: score {score:6.3f}")
+
+# %% [markdown]
+# The first three lines agree: distance 2, wherever it is. The fourth, at distance 0, is the plain product $q \cdot k$.
+
+# %% tags=["hide-input"]
+def draw_turns(omega: float = 0.5) -> Any:
+    """Draw one query and one key, turned by their positions, for three pairs of positions."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from transformer_annotated.figures import COLORS
+
+    axes = plt.subplots(1, 3, figsize=(7.2, 2.7))[1]
+    for ax, (i, j) in zip(axes, ((3, 1), (8, 6), (8, 3)), strict=True):
+        query, key = 0.9 + i * omega, 0.2 + j * omega
+        turn = np.linspace(0, 2 * np.pi, 100)
+        ax.plot(np.cos(turn), np.sin(turn), color="#CCCCCC", linewidth=1)
+        names = {f"q at {i}": query, f"k at {j}": key}
+        for (name, angle), color in zip(names.items(), COLORS, strict=False):
+            x, y = np.cos(angle), np.sin(angle)
+            ax.annotate(
+                "", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2}
+            )
+            ax.text(1.28 * x, 1.2 * y, name, ha="center", va="center", color=color, fontsize=9)
+        arc = np.linspace(key, query, 30)
+        ax.plot(0.4 * np.cos(arc), 0.4 * np.sin(arc), color="#555555")
+        ax.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.35, 1.35), title=f"distance {i - j}")
+        ax.set_axis_off()
+    return axes
+
+# %% mystnb={"figure": {"caption": "Left and middle: two places further along the text, the same angle between query and key. Right: another distance, another angle.", "name": "fig-turns"}, "image": {"alt": "Three circles, each with an arrow for a query and one for a key and an arc between them. The arcs of the first two circles are equally long; the third is longer."}} tags=["active-ipynb"]
+# draw_turns();
+
+# %% [markdown]
+# ## The equation
+#
+# One angle a position is not enough, for the same reason that one hand does not make a clock: it comes round, and then two distances look alike. So cut a head of $d$ numbers into $d/2$
+# pairs, and give each pair an angle of its own. Su and others {cite:p}`su2021roformer` take the frequencies of Chapter 7 and call the result **RoPE**, rotary position embedding. For a
+# pair $(a, b)$ at position $p$:
+#
+# $$
+# R_p \begin{pmatrix} a \\ b \end{pmatrix} =
+# \begin{pmatrix} \cos p\,\omega_i & -\sin p\,\omega_i \\ \sin p\,\omega_i & \cos p\,\omega_i \end{pmatrix}
+# \begin{pmatrix} a \\ b \end{pmatrix}, \qquad \omega_i = \mathrm{base}^{-2i/d}, \quad \mathrm{base} = 10000
+# $$ (eq-rope)
+#
+# Turning back by $i$ and on by $j$ is turning by $j - i$, in every pair. So
+#
+# $$
+# (R_i\, q)^\top (R_j\, k) = q^\top R_i^\top R_j\, k = q^\top R_{j-i}\, k .
+# $$ (eq-relative)
+#
+# The positions stand on the left, and only their difference on the right. No $W$ had to be learned for that.
+#
+# ## The code
+#
+# Read the two rows of {eq}`eq-rope` again. Each number is multiplied by the cosine, and its *partner* in the pair by the sine: with a minus for the first of the two, with a plus for the
+# second. So we need the partners, in the places of the numbers.
+#
+# Which numbers make a pair? There are two habits. **Interleaved**: neighbours, 0 with 1, 2 with 3. **Halves**: number $i$ of the first half with number $i$ of the second. We come back
+# to this. In the halves layout the partners are the head rolled by half its width.
 
 # %%
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -28,6 +159,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
         partner = x.roll(x.shape[-1] // 2, dims=-1)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return (x * cos + partner * sin).to(x.dtype)
+
+# %% tags=["active-ipynb"]
+# x = torch.arange(6.0)
+# quarter = torch.zeros(3), torch.ones(3)  # cos and sin of a quarter turn
+# print("halves     ", rotate(x, *quarter).tolist())
+# print("interleaved", rotate(x, *quarter, interleaved=True).tolist())
+
+# %% [markdown]
+# A quarter turn takes $(a, b)$ to $(-b, a)$. In the first line 0 and 3 were a pair, in the second 0 and 1.
+#
+# The frequencies may come from elsewhere: Chapter 31 slows some of them down for longer texts. What it hands over is an object of this form, and None leaves the frequencies alone.
 
 # %%
 class Scaling(Protocol):
@@ -46,9 +188,13 @@ class Scaling(Protocol):
         """
         ...
 
+# %% [markdown]
+# Now the module. Chapter 4 left a seam for it: `position(q, k, positions, key_positions)`, called after the projections and before the scores. `forward` is the left side of
+# {eq}`eq-relative`, `turn` is {eq}`eq-rope` for a whole tensor. There are no parameters and no table; angles are computed when they are needed, for any position.
+
 # %%
 class RoPE(nn.Module):
-    """Rotary position embedding (Su et al. 2021, section 3.4.2).
+    """Rotary position embedding (Su et al. 2021, section 3.2.2).
 
     Pair i of a query or key at position p is turned by the angle p base^(-2i / r). Nothing is
     learned. Angles are computed in at least 32 bits, whatever the model's dtype.
@@ -120,7 +266,10 @@ class RoPE(nn.Module):
         omega, factor = self.frequencies(here, there)
         return self.turn(q, here, omega, factor), self.turn(k, there, omega, factor)
 
+# %% [markdown]
+# A position for each vector is not optional here, and a single position for many would be spread over all of them without a word. So they are checked.
 
+# %%
 def places(name: str, positions: Tensor | None, x: Tensor) -> Tensor:
     """`positions`, after checking that there is one for each vector of `x` `(B, H, T, d)`."""
     if positions is None:
@@ -132,15 +281,412 @@ def places(name: str, positions: Tensor | None, x: Tensor) -> Tensor:
         )
     return positions
 
+# %% tags=["active-ipynb"]
+# rope = RoPE(head_dim=16)
+# q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)  # (B, H, T, d), (B, K, S, d)
+# positions = torch.arange(7)[None]
+# new_q, new_k = rope(q, k, positions, positions)
+# print(tuple(new_q.shape), tuple(new_k.shape), sum(p.numel() for p in rope.parameters()))
+# for wrong in (lambda: RoPE(15), lambda: RoPE(16, base=1.0), lambda: rope(q, k, None, positions)):
+#     try:
+#         wrong()
+#     except ValueError as error:
+#         print(error)
+
+# %% [markdown]
+# ## Proof
+#
+# The reference multiplies complex numbers. A pair is a complex number $a + b\,\mathrm{i}$, and turning it is one multiplication by $e^{\mathrm{i} p \omega}$. Positions are drawn at random, other ones for the
+# keys than for the queries, so that nothing is right by accident.
+
+# %% tags=["active-ipynb"]
+# def by_complex(x: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+#     """`x` `(B, H, T, d)` with each pair times exp(i p w)."""
+#     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).mT
+#     angles = (positions[..., None] * frequencies(x.shape[-1]).double())[:, None]
+#     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(
+#         torch.ones(()).double(), angles
+#     )
+#     pairs = torch.view_as_real(turned)
+#     return (pairs if interleaved else pairs.mT).flatten(-2)
+#
+#
+# q = torch.randn(2, 4, 7, 16, dtype=torch.float64, requires_grad=True)
+# k = torch.randn(2, 2, 7, 16, dtype=torch.float64, requires_grad=True)
+# here, there = torch.randint(0, 500, (2, 2, 7))  # (B, T), (B, S)
+# for interleaved in (False, True):
+#     ours = RoPE(16, interleaved=interleaved)(q, k, here, there)
+#     for x, places_, mine in ((q, here, ours[0]), (k, there, ours[1])):
+#         reference = by_complex(x, places_, interleaved)
+#         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-10)
+#         direction = torch.randn_like(x)
+#         (a,), (b,) = (torch.autograd.grad(y, x, direction) for y in (mine, reference))
+#         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+#         torch.testing.assert_close(mine.norm(dim=-1), x.norm(dim=-1))  # a turn keeps lengths
+# print("output and gradient equal the complex numbers', in both layouts; lengths are kept")
+
+# %% [markdown]
+# The test suite compares with the tensors that Hugging Face's Llama and GPT-J compute. Here is a second reference, from Chapter 7. It had a matrix that moves the *encoding* of a position by $k$ places.
+# Is it the same turn? Chapter 7 writes the sine first and the cosine second, so its hands go the other way round, and the matrix must be transposed.
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated.paper.embedding import shift_matrix
+#
+# x = torch.randn(1, 1, 1, 16, dtype=torch.float64)
+# ours, _ = RoPE(16, interleaved=True)(x, x, torch.tensor([[5]]), torch.tensor([[5]]))
+# torch.testing.assert_close(ours[0, 0, 0], shift_matrix(16, 5).T @ x[0, 0, 0], rtol=0, atol=1e-12)
+# print("RoPE at position 5 is Chapter 7's shift by 5")
+
+# %% [markdown]
+# So the turn was in the paper of 2017 already. There it related two positions inside a sum; here it acts on the query and the key themselves.
+#
+# ## The patch
+#
+# One spec in, one sinusoid out. Here is the change, generated from the two configs:
+
+# %%
+ROPE = {"self_attention.position": spec(RoPE), "embedding.position": None}
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import PAPER_BASE, Transformer, diff, patch
+#
+# print(diff(PAPER_BASE, patch(PAPER_BASE, ROPE)))
+
+# %% [markdown]
+# Both stacks got it, and cross-attention did not. Sinusoids and RoPE at once are an error: the model would be told its positions twice.
+
+# %% tags=["active-ipynb"]
+# try:
+#     Transformer(patch(PAPER_BASE, {"self_attention.position": spec(RoPE)}))
+# except ValueError as error:
+#     print(error)
+
+# %% [markdown]
+# ## A model that cannot tell where a text begins
+#
+# Equation {eq}`eq-relative` holds for one score. Does it hold for a whole model? We build two language models, move every parameter at random, and number the same text from 0 and from 100.
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated import DECODER_ONLY
+#
+# SMALL = {
+#     "vocab_size": 50,
+#     "d_model": 32,
+#     "n_layers": 2,
+#     "self_attention.n_heads": 4,
+#     "ffn.d_ff": 64,
+#     "dropout": 0.0,
+# }
+#
+#
+# def build(*patches: dict[str, Any]) -> Transformer:
+#     """A small model in 64 bits, every parameter moved at random, norms and biases too."""
+#     torch.manual_seed(0)
+#     model = Transformer(patch(PAPER_BASE, SMALL, *patches)).double().eval()
+#     with torch.no_grad():
+#         for parameter in model.parameters():
+#             parameter += 0.3 * torch.randn_like(parameter)
+#     return model
+#
+#
+# def shown(difference: float) -> str:
+#     """A difference in two digits; one that is mere rounding by its bound."""
+#     return f"{difference:.2f}" if difference > 1e-10 else "below 1e-10"
+#
+#
+# ids, far = torch.randint(0, 50, (2, 12)), torch.arange(100, 112)[None]
+# for name, change in (("sinusoid", {}), ("RoPE", ROPE)):
+#     model = build(DECODER_ONLY, change)
+#     moved = model.logits(model.decode(ids, positions=far))
+#     difference = (moved - model(ids)).abs().max().item()
+#     print(f"{name:9s} largest difference of a logit: {shown(difference)}")
+#     assert (difference < 1e-10) == (name == "RoPE")
+
+# %% [markdown]
+# With RoPE nothing moves but rounding. Whatever such a model learns about a phrase on page one, it knows on page nine.
+#
+# ## Both directions, and none between languages
+#
+# An encoder looks both ways: a query sees keys before and after it. With RoPE it hears which, since $\sin$ changes its sign with $i - j$. One pair, one radian a position:
+
+# %% tags=["active-ipynb"]
+# rope = RoPE(head_dim=2)
+# q, k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.6, 0.8]).view(1, 1, 1, 2)
+# for j in range(2, 9):
+#     a, b = rope(q, k, torch.tensor([[5]]), torch.tensor([[j]]))
+#     print(f"i - j = {5 - j:2d}   score {(a * b).sum():6.3f}")
+
+# %% [markdown]
+# Three back and three ahead are different scores. Nothing else had to be added for the encoder.
+#
+# Cross-attention gets no RoPE. A query stands at place $i$ of an English sentence, a key at place $j$ of a German one. Both can be written down and subtracted, but $i - j$ is no distance: it compares two
+# counts that began in different texts. The next cell gives it one all the same. It then numbers the source from 7 instead of 0 and the target as before.
+
+# %% tags=["active-ipynb"]
+# src, tgt = torch.randint(0, 50, (1, 9)), torch.randint(0, 50, (1, 6))
+# turns_across = {"cross_attention.n_heads": 4, "cross_attention.position": spec(RoPE)}
+# for name, change in (("self", {"cross_attention.n_heads": 4}), ("self and cross", turns_across)):
+#     model = build(ROPE, change)
+#     later = torch.arange(7, 16)[None]
+#     memory = model.encode(src, positions=later)
+#     moved = model.logits(model.decode(tgt, memory, memory_positions=later))
+#     difference = (moved - model(src, tgt)).abs().max().item()
+#     print(f"RoPE in {name:15s} largest difference of a logit: {shown(difference)}")
+#     assert (difference < 1e-10) == (name == "self")
+
+# %% [markdown]
+# With RoPE in self-attention alone, either text may begin anywhere. With RoPE across, the logits depend on the number that the source happens to begin with.
+# Between languages of like word order it may serve as a hint, since word 5 often answers word 5; a title in front, or one longer phrase, spoils it. How does the decoder find its place in the source, then? By content. The vectors of the
+# memory have been through the encoder's self-attention and say what stands around them.
+#
+# ## Two layouts, one function
+#
+# The paper turns neighbours, and GPT-J does too {cite:p}`wang2021gptj`. GPT-NeoX turns halves {cite:p}`black2022gptneox`, and so do Llama's checkpoints at Hugging Face. Both are right: the numbers
+# inside a head have no order of their own, because $q \cdot k$ is a sum. But weights learned in one layout are useless in the other, and no shape differs. To exchange them, permute the rows of `q_proj` and
+# `k_proj` within each head.
+
 # %%
 def halves_order(head_dim: int, rotary_dim: int | None = None) -> Tensor:
     """The rows of an interleaved head in the order of the halves layout: `(d,)`.
 
     With `W` the rows of `q_proj` or `k_proj` that make one head, `W[order]` makes the same head
     for the other layout: pair (2i, 2i + 1) moves to (i, i + r/2). `order.argsort()` leads back.
+    The bias of the projection and the weight of a QK-norm are permuted alike.
     """
     r = head_dim if rotary_dim is None else rotary_dim
     return torch.cat((torch.arange(0, r, 2), torch.arange(1, r, 2), torch.arange(r, head_dim)))
 
-# %%
-ROPE = {"self_attention.position": spec(RoPE), "embedding.position": None}
+# %% tags=["active-ipynb"]
+# order = halves_order(8)
+# print("order", order.tolist())
+# neighbours, halves = (
+#     build(DECODER_ONLY, ROPE, {"self_attention.position.interleaved": flag})
+#     for flag in (True, False)
+# )
+# weights = neighbours.state_dict()
+# halves.load_state_dict(weights)
+# wrong = (halves(ids) - neighbours(ids)).abs().max().item()
+# for name, weight in weights.items():
+#     if "q_proj" in name or "k_proj" in name:  # matrices (D, D) and biases (D,)
+#         weights[name] = weight.unflatten(0, (-1, 8))[:, order].flatten(0, 1)
+# halves.load_state_dict(weights)
+# right = (halves(ids) - neighbours(ids)).abs().max().item()
+# print(f"the same weights: {shown(wrong)}   permuted rows: {shown(right)}")
+# assert right < 1e-10 < wrong
+
+# %% [markdown]
+# Values are not permuted: nothing turns them. The first number is what a conversion gets that forgets the rows. The model
+# runs, and its logits are wrong.
+#
+# ## Far away
+#
+# What does distance do to a score? Take a query and a key that are equal, of length 1, with their numbers of equal size. At distance $n$ their score is the mean of $\cos n \omega_i$ over the pairs.
+
+# %% mystnb={"figure": {"caption": "The score of two equal vectors falls with distance, in ripples; a larger base makes the fall slower.", "name": "fig-rope-decay"}, "image": {"alt": "Two curves over distances from 1 to 4096 on a logarithmic axis. Both start near 1 and fall; the one for base 10,000 falls faster and ripples around a low level, the one for base 500,000 stays above it."}} tags=["active-ipynb"]
+# import matplotlib.pyplot as plt
+#
+# distance = torch.arange(1, 4097)
+# fig, ax = plt.subplots(figsize=(7.2, 2.8))
+# for base, color in ((1e4, figures.COLORS[0]), (5e5, figures.COLORS[1])):
+#     scores = (distance[:, None] * frequencies(128, base)).cos().mean(dim=-1)
+#     ax.plot(distance, scores, color=color, linewidth=1, label=f"base {base:,.0f}")
+# ax.axhline(0, color="#888888", linewidth=0.8)
+# ax.set(xlabel="distance", ylabel="score", xscale="log", title="d = 128")
+# ax.legend();
+
+# %% [markdown]
+# In {numref}`fig-rope-decay` near keys are preferred, for equal vectors. The ripples are the fast pairs coming round. The paper proves a falling bound of this kind (section 3.4.3). It is no law about
+# trained models: queries and keys need not be alike. Draw them independently, and there is no fall at all:
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# q, k = torch.randn(2, 4000, 1, 1, 64)
+# for n in (0, 1, 10, 100, 1000):
+#     a, b = RoPE(64)(q, k, torch.tensor([[n]]), torch.tensor([[0]]))
+#     size = (a * b).sum(dim=-1).square().mean().sqrt() / 8
+#     print(f"distance {n:4d}   root mean square of the score {size:.2f}")
+
+# %% [markdown]
+# Barbero and others {cite:p}`barbero2025round` found the same, and that a trained Gemma uses fast pairs for heads that look at a fixed place, such as the word before, and slow ones
+# for meaning, since those hardly turn.
+
+# %% mystnb={"figure": {"caption": "Wavelengths run from six positions to tens of thousands, or to millions with the larger base; more pairs then do not come round once in 8,192 positions.", "name": "fig-wavelengths"}, "image": {"alt": "Two straight rising lines on a logarithmic axis of positions, over 64 pairs, for base 10,000 and 500,000. A horizontal line marks 8,192 positions."}} tags=["active-ipynb"]
+# fig, ax = plt.subplots(figsize=(7.2, 2.6))
+# for base, style in ((1e4, "o"), (5e5, "^")):
+#     waves = 2 * torch.pi / frequencies(128, base)
+#     ax.plot(range(64), waves, style, markersize=3, label=f"base {base:,.0f}")
+# ax.axhline(8192, color="#888888", linewidth=0.8)
+# ax.text(0, 13000, "8,192 positions", fontsize=8)
+# ax.set(xlabel="pair", ylabel="positions for one turn", yscale="log")
+# ax.legend(loc="lower right");
+
+# %% [markdown]
+# How many are above the line in {numref}`fig-wavelengths`?
+
+# %% tags=["active-ipynb"]
+# for base in (1e4, 5e5):
+#     waves = 2 * torch.pi / frequencies(128, base)
+#     print(f"base {base:7,.0f}: {(waves > 8192).sum()} of 64 pairs")
+
+# %% [markdown]
+# The base is the dial for long texts. A pair that has come round in training has shown every angle it has. A pair that has not will meet new angles in a longer text, and that is
+# where models of this kind break; Chapter 31 repairs them. Llama 3 raised the base to 500,000 for its longer texts {cite:p}`grattafiori2024llama3`.
+#
+# Not every number has to turn. `rotary_dim` turns the first $r$ of them and leaves the others to meaning alone. GPT-J turns 64 of 256, GPT-NeoX a quarter.
+
+# %% [markdown]
+# ## With a cache
+#
+# The cache of Chapter 20 keeps keys as they were projected, before any turn. So each step turns all $S$ keys again: a cost that grows with the text, as attention's own does. Production keeps turned keys
+# and turns each once. While the frequencies stay as they are, that is the same to the last bit:
+
+# %% tags=["active-ipynb"]
+# k, rope, steps = torch.randn(1, 2, 12, 16), RoPE(16), torch.arange(12)[None]
+# omega, factor = rope.frequencies(steps, steps)
+# kept = [rope.turn(k[:, :, t : t + 1], steps[:, t : t + 1], omega, factor) for t in range(12)]
+# assert torch.equal(torch.cat(kept, dim=2), rope.turn(k, steps, omega, factor))
+# print("turned one by one and kept == turned together")
+
+# %% [markdown]
+# Where frequencies depend on the length of the text it is not, and unturned keys are what one must keep. Chapter 31 shows that case.
+#
+# ## Measure
+#
+# First the cost. Attention with and without RoPE, 8 rows of 256 positions, a forward and a backward pass:
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from statistics import median
+#
+# from transformer_annotated import MultiHeadAttention, sdpa
+# from transformer_annotated.book import machine, scale
+# from transformer_annotated.training.speed import race
+#
+# full = scale() == "full"
+# D, T = (512, 256) if full else (64, 16)
+# x, steps = torch.randn(8, T, D, requires_grad=True), torch.arange(T)[None]
+# kinds = {"none": None, "halves": spec(RoPE), "interleaved": spec(RoPE, interleaved=True)}
+# modules = {name: MultiHeadAttention(D, 8, position=p, attend=sdpa) for name, p in kinds.items()}
+# runs = {name: (lambda m=m: m(x, positions=steps).sum().backward()) for name, m in modules.items()}
+# times = {name: median(values) for name, values in race(runs, 9 if full else 1).items()}
+# print(machine())
+# for name, seconds in times.items():
+#     print(f"{name:12s}{1000 * seconds:7.1f} ms   {seconds / times['none']:.2f} times")
+
+# %% [markdown]
+# Then the gain. The language model of Chapter 25, with sinusoids, with RoPE, and with no positions at all: the same steps, the same crops, the same first weights, three seeds. Lower is better.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from transformer_annotated import SDPA, bits_per_byte, train_language_model
+# from transformer_annotated.modern.language_model import Characters, any_text, language_model
+#
+# text = any_text()
+# characters = Characters(text.train + text.val + text.test)
+# ids = torch.tensor(characters.encode(text.train))
+# sample = text.val[: 20_000 if full else 500]
+# val, n_bytes = torch.tensor(characters.encode(sample)), len(sample.encode())
+# fast = {"self_attention.attend": SDPA["self_attention.attend"]}
+# NOTHING = {"embedding.position": None}
+# bits: dict[str, list[float]] = {}
+# for name, change in (("sinusoid", {}), ("RoPE", ROPE), ("nothing", NOTHING)):
+#     bits[name] = []
+#     for seed in range(3 if full else 1):
+#         torch.manual_seed(seed)
+#         model = Transformer(patch(language_model(characters.vocab_size), fast, change))
+#         train_language_model(model, ids, steps=200 if full else 3, rate=2e-3, seed=seed)
+#         bits[name].append(bits_per_byte(model, val, n_bytes))
+#     print(f"{name:9s} bits per byte {' '.join(f'{b:.3f}' for b in bits[name])}")
+# assert not full or max(bits["RoPE"]) < min(bits["sinusoid"])
+
+# %% [markdown]
+# The worst run with RoPE is better than the best with sinusoids; the cell asserts it. The surprise is the third line: after so short a training, sinusoids hardly differ from no positions at all. A likely
+# reason is that a model must first learn to read the clock, while RoPE has the distance in its scores from the first step. What remains of the gap after a long training, this page cannot say.
+#
+# The whole matrix is in Chapter 35. Here is its line for this patch: the same budget, three seeds. Look at whether the ranges overlap.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from transformer_annotated.book import measured
+#
+# print(measured("rope"))
+
+# %% [markdown]
+# ## What the papers said, what production does
+#
+# Relative positions are older than RoPE. Shaw and others {cite:p}`shaw2018self` learned a vector for each distance up to a limit and added it to the keys; T5 learned a number and added it to the score
+# {cite:p}`raffel2020exploring`, which is the next chapter. Both need the table of all pairs $(i, j)$ inside attention. RoPE changes $q$ and $k$ before attention begins, so any fast kernel for
+# attention works unchanged. GPT-J and GPT-NeoX took it up, then Llama {cite:p}`touvron2023llama` and most decoder-only models since.
+#
+# Does a decoder need positions at all? Its causal mask lets position $t$ see $t + 1$ keys, and from that it can learn to count {cite:p}`haviv2022transformer`. On some tasks such models,
+# called NoPE, went further beyond their training length than models with RoPE {cite:p}`kazemnejad2023impact`. The line *nothing* above is such a model.
+#
+# ## How it breaks
+#
+# *Angles in 16 bits.* bfloat16 has eight significant bits. Here is what it makes of the positions around 4000, and of the cosine of a position:
+
+# %% tags=["active-ipynb"]
+# p = torch.tensor([3990, 4000, 4001, 4002, 4010])
+# print("positions     ", p.bfloat16().tolist())
+# print("cos in 32 bits", [round(c, 3) for c in p.float().cos().tolist()])
+# print("cos in 16 bits", [round(c, 3) for c in p.bfloat16().cos().float().tolist()])
+
+# %% [markdown]
+# Neighbours have become one position, and the fast pairs point anywhere. Near the beginning of a text all is well, so test at some thousands. `turn` computes in at least 32 bits whatever the model's dtype is, and rounds at the end.
+#
+# - *The wrong layout.* No shape differs. Compare the logits of a converted model with those of the original.
+# - *Keys turned the other way.* The score then depends on $i + j$. Move a text by 100 positions and see whether the logits move.
+# - *Both turned the other way.* Every invariant holds, and a model trained like this is as good. It fits no published weights.
+# - *New keys numbered from 0 at each step of decoding.* The first token is right. Compare cached decoding with the whole.
+# - *Values turned too.* What is gathered then depends on where it stood. Let a query see a single key: the output must be its value, anywhere.
+#
+# ## Takeaways
+#
+# - Turn queries by $i\,\omega$ and keys by $j\,\omega$, in pairs, and scores depend on $i - j$: {eq}`eq-relative`. It is Chapter 7's shift, applied to what is compared.
+# - No parameters, no longest position, nothing for the kernel to know; lengths of vectors stay.
+# - Self-attention only: between two texts there is no distance.
+# - Two layouts compute the same up to the order of rows. Angles need 32 bits.
+#
+# ## Exercises
+
+# %% tags=["active-ipynb"]
+# from transformer_annotated.book import check
+
+# %% [markdown]
+# **Exercise 29.1.** A head of two numbers turns one radian a position. What is the score, before any scale, of the query $(2, 0)$ at position 5 and the key $(0, 1)$ at position 4? And if they change places:
+# query at 4, key at 5? Answer with two numbers.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("29.1", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# q, k, rope = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]]), RoPE(2)
+# answer = []
+# for i, j in ((5, 4), (4, 5)):
+#     a, b = rope(q, k, torch.tensor([[i]]), torch.tensor([[j]]))
+#     answer.append((a * b).sum().item())
+# check("29.1", answer)
+
+# %% [markdown]
+# **Exercise 29.2.** A model with heads of 128 numbers was trained on texts of 4,096 tokens. How many of its 64 pairs have not come round once? Answer with two numbers: for base 10,000, and for base 500,000.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("29.2", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# answer = [(2 * torch.pi / frequencies(128, base) > 4096).sum().item() for base in (1e4, 5e5)]
+# check("29.2", answer)
+
+# %% [markdown]
+# **Exercise 29.3.** Write a function of `weight` `(H d, D)` and `head_dim` that takes the matrix of a `k_proj` in the halves layout back to the interleaved one. Answer with the function.
+
+# %% tags=["active-ipynb"]
+# answer = ...
+# check("29.3", answer)
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+#     back = halves_order(head_dim).argsort()
+#     return weight.unflatten(0, (-1, head_dim))[:, back].flatten(0, 1)
+#
+#
+# check("29.3", to_interleaved)

@@ -82,8 +82,12 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 # Two habits make a measurement worth something. The clock counts the processor time of this program, so that other programs disturb it less. And variants take turns, in a random order, round after round, so that a slow minute hits all of them.
 
 # %%
-def race(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of each run, one entry a round.
+def race(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Seconds that each run takes, one entry a round, by `clock`: processor time unless given.
 
     Every round runs each once, in a new random order. Two rounds that do not count come first.
     Raises ValueError for `rounds` below 1.
@@ -94,9 +98,9 @@ def race(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     for _ in range(rounds + 2):
         rng.shuffle(order)
         for name in order:
-            start = time.process_time()
+            start = clock()
             runs[name]()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return {name: values[2:] for name, values in seconds.items()}
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
