@@ -32,7 +32,7 @@ from transformer_annotated.modern.production import (
     CHANGES,
     choices,
     described,
-    effect,
+    in_words,
     kept,
     measured_lines,
     small,
@@ -110,6 +110,13 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
 def test_every_model_that_can_be_built_is_compared() -> None:
     assert set(THEIRS) == set(BUILT)
     assert all((m.parameters is None) == (n not in BUILT) for n, m in MODELS.items())
+
+
+def test_qwen3_of_the_exercise() -> None:
+    """Exercise 36.3: the published 0.6B model."""
+    change = {"n_layers": 28, "d_model": 1024, "ffn.d_ff": 3072, "head.tied": True}
+    heads = {"self_attention.n_heads": 16, "self_attention.head_dim": 128}
+    assert count_parameters(patch(as_config("Qwen3 8B"), change, heads))["total"] == 596_049_920
 
 
 def test_gemma_2_as_its_report_counts() -> None:
@@ -283,13 +290,10 @@ def line(row: str, seed: int, value: float, scale: str = "smoke") -> dict[str, A
             "scale": scale, "machine": "m"}  # fmt: skip
 
 
-def test_effect_compares_seed_by_seed() -> None:
-    """Seed 2 has no partner and does not count; the mean is of the differences."""
-    lines = [line("paper", 0, 2.0), line("paper", 1, 3.0), line("rope", 0, 1.5)]
-    lines += [line("rope", 2, 9.0), line("rope", 1, 3.25)]
-    assert effect(lines, "rope", "language") == "-0.125, better in 1 of 2"
-    assert effect(lines, "rope", "translation") == "not measured yet"
-    assert effect([], "rope", "language") == "not measured yet"
+def test_an_effect_in_words() -> None:
+    assert in_words([-0.5, 0.25, 0.0]) == "-0.083, better in 1 of 3"
+    assert in_words([0.5]) == "+0.500, better in 0 of 1"
+    assert in_words([]) == "not measured yet"
 
 
 def test_measured_lines_are_of_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_attention_turns_queries_and_keys_and_not_values() -> None:
     assert_same(ours, theirs, {"x": x, **dict(attention.named_parameters())})
 
 
-def test_a_decoder_cannot_tell_where_a_text_begins() -> None:
+def test_a_decoder_does_not_see_the_numbers_of_its_positions() -> None:
     ids = torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(0))
     built = model()
     far = torch.arange(100, 109)[None]

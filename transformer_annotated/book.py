@@ -67,7 +67,7 @@ def measured(*rows: str) -> str:
         lines = []
     lines = [line for line in lines if line["scale"] != "tiny"]
     scales = sorted({line["scale"] for line in lines})  # "full" before "smoke"
-    text = [f"{'':12}{'task':14}{'mean':>8}{'lowest':>9}{'highest':>9}   better than the paper"]
+    text = [f"{'':18}{'task':13}{'mean':>8}{'lowest':>9}{'highest':>9}   better than the paper"]
     for task, metric in metrics.items():
         found = {
             name: {
@@ -79,14 +79,14 @@ def measured(*rows: str) -> str:
         }
         for name, values in found.items():
             if not values:
-                text.append(f"{name:12}{task:14}not measured yet")
+                text.append(f"{name:18}{task:13}not measured yet")
                 continue
             numbers = list(values.values())
             shared = values.keys() & found["paper"].keys()
             won = sum(values[seed] < found["paper"][seed] for seed in shared)
             last = "" if name == "paper" else f"   in {won} of {len(shared)} seeds"
             text.append(
-                f"{name:12}{task:14}{sum(numbers) / len(numbers):8.3f}"
+                f"{name:18}{task:13}{sum(numbers) / len(numbers):8.3f}"
                 f"{min(numbers):9.3f}{max(numbers):9.3f}{last}"
             )
     return "\n".join(text)

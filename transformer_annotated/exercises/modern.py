@@ -419,6 +419,8 @@ def _(answer: Any) -> None:
     layer = answer(8, 4, 2, expert=spec(FeedForward, d_ff=6))
     plain = MixtureOfExperts(8, 4, 2, expert=spec(FeedForward, d_ff=6))
     assert hasattr(layer, "shared"), "The expert for everybody should be called self.shared."
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (layer, plain, plain.experts[0])]
+    assert sizes[0] == sizes[1] + sizes[2], "The shared expert has weights of its own."
     weights = {k: v for k, v in layer.state_dict().items() if not k.startswith("shared.")}
     plain.load_state_dict(weights)
     x = torch.randn(2, 5, 8)

@@ -13,7 +13,7 @@ same work for a token.
 # from transformer_annotated import figures
 #
 # figures.use_style()
-# figures.reading_map(10);
+# figures.reading_map(34);
 
 # %%
 import math
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # from transformer_annotated import PAPER_BASE, diff, mixture_of_experts, patch
 #
 # print(diff(PAPER_BASE, patch(PAPER_BASE, mixture_of_experts(16, 2))))
+
+# %% [markdown]
+# A spec prints only what is not the default; two used is the default.
 
 # %% mystnb={"figure": {"caption": "One seam changes: the feed-forward network, in every layer.", "name": "fig-seams-experts"}, "image": {"alt": "The model with its seams. The two boxes of the feed-forward networks are coloured."}} tags=["active-ipynb"]
 # figures.seams(["ffn"]);
@@ -119,16 +122,16 @@ def draw_routing(weights: Tensor, tokens: list[str]) -> "Figure":
 
     n, n_experts = weights.shape
     figure, ax = plt.subplots(figsize=(6.4, 2.8))
-    step = (n - 1) / (n_experts - 1)  # experts are spread over the width of the tokens
-    for token, expert in weights.nonzero().tolist():
-        weight, color = weights[token, expert].item(), COLORS[expert % len(COLORS)]
-        ax.plot([token, expert * step], [0, 1], color=color, linewidth=7 * weight, alpha=0.8)
-        x, y = token + 0.2 * (expert * step - token), 0.2
-        ax.text(x, y, f"{weight:.1f}", ha="center", va="center", fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
-    for e in range(n_experts):
-        box = {"boxstyle": "round", "facecolor": COLORS[e % len(COLORS)], "edgecolor": "none"}
-        ax.text(e * step, 1.04, f"expert {e}", ha="center", color="white", bbox=box)
+    place = [e * (n - 1) / (n_experts - 1) for e in range(n_experts)]  # as wide as the tokens
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i, e in weights.nonzero().tolist():
+        weight = weights[i, e].item()
+        ax.plot([i, place[e]], [0, 1], color=COLORS[e], linewidth=7 * weight, alpha=0.8)
+        ax.text(0.8 * i + 0.2 * place[e], 0.2, f"{weight:.1f}", ha="center", va="center",
+                fontsize=8, bbox=white)  # fmt: skip
+    for e, x in enumerate(place):
+        box = {"boxstyle": "round", "facecolor": COLORS[e], "edgecolor": "none"}
+        ax.text(x, 1.04, f"expert {e}", ha="center", color="white", bbox=box)
     for i, token in enumerate(tokens):
         ax.text(i, -0.04, token, ha="center", va="top")
     ax.set(xlim=(-0.5, n - 0.5), ylim=(-0.2, 1.2))
@@ -165,10 +168,16 @@ def draw_routing(weights: Tensor, tokens: list[str]) -> "Figure":
 # The second convention lets $j$ run over all experts. In the code, that is one word in the line with `total`:
 
 # %%
+def widened(logits: Tensor) -> Tensor:
+    """The same numbers in at least 32-bit precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def route(logits: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor, Tensor]:
     """Logits `(..., E)` to the weights and the numbers of the chosen experts, both `(..., k)`.
 
-    Best expert first; computed in at least 32-bit precision.
+    Best expert first; computed in at least 32-bit precision. (Under autocast the router's product,
+    which comes before, is in 16 bits.)
 
     Args:
         logits: what the router says.
@@ -176,7 +185,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor,
         renormalise: whether the softmax runs over the chosen logits alone, so that weights sum to
             one (Jiang et al. 2024, section 2.1), or over all of them (Fedus et al. 2021).
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     best, chosen = wide.topk(top_k, dim=-1)
     total = (best if renormalise else wide).logsumexp(dim=-1, keepdim=True)
     return (best - total).exp(), chosen
@@ -233,7 +242,7 @@ class MixtureOfExperts(nn.Module):
         y = torch.zeros_like(rows)
         for e, expert in enumerate(self.experts):
             mine = readers(gates[:, e])  # the tokens of expert e
-            y = y.index_add(0, mine, (gates[mine, e, None] * expert(rows[mine])).to(y.dtype))
+            y.index_add_(0, mine, (gates[mine, e, None] * expert(rows[mine])).to(y.dtype))
         return y.view_as(x)
 
 
@@ -241,7 +250,8 @@ def readers(gate: Tensor) -> Tensor:
     """Which tokens must pass an expert, given their weights `(n,)` for it: those above zero.
 
     `torch.compile` wants shapes that do not depend on the data. There all tokens pass, and the
-    weights of zero do the rest: the same result, for more work.
+    weights of zero do the rest: the same result, for more work, as long as no expert overflows on
+    a token that is not its own (zero times infinity is not a number).
     """
     if torch.compiler.is_compiling():
         return torch.arange(len(gate), device=gate.device)
@@ -308,20 +318,15 @@ def mixture_of_experts(
 # print("output and", len(wanted), "gradients equal, to 1e-10")
 
 # %% [markdown]
-# Two limits. One expert is the paper's network, bit by bit. All experts at once are a plain softmax mixture:
+# One expert is the paper's network, bit by bit:
 
 # %% tags=["active-ipynb"]
 # x = torch.randn(2, 6, D)
 # single = MixtureOfExperts(D, n_experts=1, top_k=1, expert=spec(FeedForward, d_ff=32))
 # print("one expert equals FeedForward:", torch.equal(single(x), single.experts[0](x)))
-# every = MixtureOfExperts(D, n_experts=3, top_k=3, expert=spec(FeedForward, d_ff=32))
-# p = every.router(x).softmax(dim=-1)  # (B, T, E)
-# answers = torch.stack([expert(x) for expert in every.experts], dim=-1)  # (B, T, D, E)
-# torch.testing.assert_close(every(x), (answers * p[..., None, :]).sum(dim=-1), rtol=0, atol=1e-6)
-# print("all experts equal the softmax mixture, to 1e-6")
 
 # %% [markdown]
-# The test suite also copies the weights into Hugging Face's Mixtral block and compares output, gradients and balancing loss.
+# The test suite also puts all experts to use, which is a plain softmax mixture, and copies the weights into Hugging Face's Mixtral block to compare output, gradients and balancing loss.
 #
 # ## A router that the loss does not teach
 #
@@ -336,11 +341,16 @@ def mixture_of_experts(
 #     print(f"renormalise={renormalise!s:6s} length of the router's gradient {size:.1e}")
 
 # %% [markdown]
-# What is left in the first line is at most rounding. Such a router keeps its first random matrix, and the training loss still falls, because the experts learn. So top-1 mixtures multiply by the probability among all experts, as the Switch Transformer does. From here on, `renormalise=False` goes with `top_k=1`.
+# What is left in the first line is at most rounding. Without a balancing loss (a later section), such a router keeps its first random matrix. So top-1 mixtures multiply by the probability among all experts, as the Switch Transformer does. From here on, `renormalise=False` goes with `top_k=1`.
 #
 # ## Eight jobs, eight experts
 #
-# Back to the task. Eight experts of 32 units each; a vector uses one:
+# Back to the task. Eight experts of 32 units each; a vector uses one. To see who does what, count:
+
+# %%
+def shares(chosen: Tensor, n_experts: int) -> Tensor:
+    """Which share of the choices `(..., k)` each expert got: `(E,)`, and they sum to one."""
+    return F.one_hot(chosen.flatten(), n_experts).float().mean(dim=0)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # eight = {"n_experts": 8, "top_k": 1, "expert": spec(FeedForward, d_ff=32), "renormalise": False}
@@ -351,25 +361,25 @@ def mixture_of_experts(
 #     x, _, job = sample(4000, torch.Generator().manual_seed(7))
 #     with torch.no_grad():
 #         _, chosen = route(network.router(x), 1)
-#     counts = torch.zeros(jobs, 8).index_put((job, chosen[:, 0]), torch.ones(4000), accumulate=True)
-#     return counts / counts.sum(dim=1, keepdim=True)
+#     return torch.stack([shares(chosen[job == j], 8) for j in range(jobs)])
 #
 #
-# torch.manual_seed(0)
-# mixture = fit(MixtureOfExperts(D, **eight))
-# print(f"8 experts of 32 units, 1 used: error {error(mixture):.3f}")
+# for renormalise in (True, False):
+#     torch.manual_seed(0)
+#     mixture = fit(MixtureOfExperts(D, **{**eight, "renormalise": renormalise}))
+#     print(f"8 experts of 32 units, 1 used, renormalise={renormalise}: error {error(mixture):.3f}")
 # print("the expert of each job:", experts_of_jobs(mixture).argmax(dim=1).tolist())
 
 # %% [markdown]
-# Compare with the two networks above. A vector meets 32 units and the router's eight scores, and the error is below that of 256 units. Nobody told the router what the jobs are. It found them, because an expert with one job does better than an expert with two. Look at the list, though. Some experts have two jobs, and some have none. We come back to that.
+# Compare with the two networks above. In the first line the router never learned. Its experts did, so the loss still fell, and nothing but the number tells that something is wrong. In the second line a vector meets 32 units and the router's eight scores, and the error is below that of 256 units. Nobody told the router what the jobs are. It found them, though not one each: look at the list. Some experts have two jobs, and some have none. We come back to that.
 #
 # ## What a token meets
 #
-# A mixture has two sizes: the parameters that exist, and the parameters that a token meets. The second are called **active**.
+# A mixture has two sizes: the parameters that exist, and the parameters that a token meets. The second are called **active**. A translator has two sides; we count what one token of each side meets.
 
 # %%
 def active_parameters(config: Config) -> int:
-    """How many parameters a token meets: all, but of each layer's experts only `top_k`.
+    """What one token of each side meets: all parameters, but of a layer's experts only `top_k`.
 
     The whole model has `count_parameters(config)["total"]`.
     """
@@ -396,10 +406,10 @@ def active_parameters(config: Config) -> int:
 # }
 # for name, config in configs.items():
 #     total, active = count_parameters(config)["total"], active_parameters(config)
-#     print(f"{name:18s} parameters {total / 1e6:6.1f} M   a token meets {active / 1e6:6.1f} M")
+#     print(f"{name:18s} parameters {total / 1e6:6.1f} M   active {active / 1e6:6.1f} M")
 
 # %% [markdown]
-# Multiplications follow the last column. Does time? One layer's network, forward and backward, for 1024 tokens:
+# Multiplications roughly follow the last column. Does time? One layer's network, forward and backward, for 1024 tokens:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from statistics import median
@@ -407,10 +417,11 @@ def active_parameters(config: Config) -> int:
 # from transformer_annotated.training.speed import race
 #
 # width, d_ff, n = (256, 512, 1024) if full else (16, 32, 32)
+# one = spec(FeedForward, d_ff=d_ff)
 # layers = {
 #     "dense": FeedForward(width, d_ff),
-#     "8 experts, 1 used": MixtureOfExperts(width, 8, 1, expert=spec(FeedForward, d_ff=d_ff)),
-#     "8 experts, 2 used": MixtureOfExperts(width, 8, 2, expert=spec(FeedForward, d_ff=d_ff)),
+#     "8 experts, 1 used": MixtureOfExperts(width, 8, 1, expert=one, renormalise=False),
+#     "8 experts, 2 used": MixtureOfExperts(width, 8, 2, expert=one),
 #     "8 times as wide": FeedForward(width, 8 * d_ff),
 # }
 # x = torch.randn(n, width)
@@ -428,10 +439,9 @@ def active_parameters(config: Config) -> int:
 
 # %%
 class Routing(NamedTuple):
-    """What one router said: `logits` `(B, T, E)`, `weights` and `chosen` `(B, T, k)`."""
+    """What one router said: `logits` `(..., E)`, and the experts `chosen` `(..., k)`, best first."""
 
     logits: Tensor
-    weights: Tensor
     chosen: Tensor
 
 
@@ -440,13 +450,14 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     """Inside `with record_routing(model) as routings:`, keep what each router said.
 
     `routings[name]` belongs to the `MixtureOfExperts` called `name`, before any capacity, and is
-    part of the graph. A module that is called twice keeps its last answer.
+    part of the graph. A module that is called twice keeps its last answer. A router that was
+    compiled and called before is not seen: `torch.compile` overlooks hooks that come later.
     """
     routings: dict[str, Routing] = {}
 
     def watch(name: str, mixture: MixtureOfExperts) -> Any:
         def keep(module: nn.Module, inputs: Any, logits: Tensor) -> None:
-            routings[name] = Routing(logits, *route(logits, mixture.top_k, mixture.renormalise))
+            routings[name] = Routing(logits, route(logits, mixture.top_k)[1])
 
         return keep
 
@@ -462,14 +473,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
             hook.remove()
 
 # %% [markdown]
-# `record_routing` watches a model from outside, like `record_attention` in Chapter 4. It gives what each router said. And `shares` counts:
-
-# %%
-def shares(chosen: Tensor, n_experts: int) -> Tensor:
-    """Which share of the choices `(..., k)` each expert got: `(E,)`, and they sum to one."""
-    return F.one_hot(chosen.flatten(), n_experts).float().mean(dim=0)
-
-# %% [markdown]
+# `record_routing` watches a model from outside, like `record_attention` in Chapter 4. It gives what each router said.
+#
 # To prevent the collapse, add a loss that is low when the load is even. The shares $f_e$ are counts. A count has no slope. So each is multiplied by something that has one: $P_e$, the mean probability that the router gives to expert $e$ {cite:p}`fedus2021switch`:
 #
 # $$
@@ -484,8 +489,9 @@ def shares(chosen: Tensor, n_experts: int) -> Tensor:
 def balance_loss(logits: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
     """E times the sum over experts of (share of the choices) times (mean probability).
 
-    1 when all experts get equal shares, and up to E when one gets everything (Fedus et al. 2021,
-    equation 4; for k above 1 the shares are of the k choices of all tokens, so they sum to one).
+    1 when all experts get equal shares, and E / k when all tokens choose the same k and the router
+    is sure of one of them (Fedus et al. 2021, equation 4; for k above 1 the shares are of the k
+    choices of all tokens, so they sum to one). It can be a little below 1.
 
     Args:
         logits: `(..., E)`, the router's answers. The gradient flows through these alone.
@@ -493,9 +499,10 @@ def balance_loss(logits: Tensor, chosen: Tensor, real: Tensor | None = None) -> 
         real: bool `(...)`, True for the tokens that count; None if all do.
     """
     n_experts = logits.shape[-1]
-    count = torch.ones_like(chosen[..., 0], dtype=torch.bool) if real is None else real
-    means = logits[count].float().softmax(dim=-1).mean(dim=0)  # P, (E,)
-    return n_experts * (shares(chosen[count], n_experts) * means).sum()
+    if real is not None:
+        logits, chosen = logits[real], chosen[real]
+    means = widened(logits).softmax(dim=-1).reshape(-1, n_experts).mean(dim=0)  # P, (E,)
+    return n_experts * (shares(chosen, n_experts) * means).sum()
 
 # %% tags=["active-ipynb"]
 # logits = torch.zeros(8, 4)
@@ -504,58 +511,70 @@ def balance_loss(logits: Tensor, chosen: Tensor, real: Tensor | None = None) -> 
 # print("all to 2, nearly sure:", round(balance_loss(logits, torch.full((8, 1), 2)).item(), 3))
 
 # %% [markdown]
-# The highest value is $E$. It belongs to a router that sends everything to one expert and is sure of it.
+# Send everything to the same $k$ experts and be sure of one: the loss is $E / k$, so $E$ for one expert used. It can also be a little below 1, when the probabilities are spread in another way than the choices.
 #
-# Try it on the eight jobs. The same start, the same vectors, and a tenth of the balancing loss:
+# Try it on the eight jobs. The same start, the same vectors, and a tenth of the balancing loss, for several seeds:
 
-# %% mystnb={"figure": {"caption": "Without a balancing loss some experts have two jobs and others none. With it, each has one.", "name": "fig-jobs"}, "image": {"alt": "Two heat maps of eight jobs and eight experts. Each row has one dark cell. In the left one some columns have two dark cells or none, in the right one each column has one."}} tags=["active-ipynb", "nbval-ignore-output"]
-# import matplotlib.pyplot as plt
-#
-#
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # def balanced_error(network: MixtureOfExperts, x: Tensor, y: Tensor) -> Tensor:
 #     with record_routing(network) as routings:
 #         value = squared_error(network, x, y)
-#     logits, _, chosen = routings[""]  # the name of the module itself is the empty string
+#     logits, chosen = routings[""]  # the name of the module itself is the empty string
 #     return value + 0.1 * balance_loss(logits, chosen)
 #
 #
-# torch.manual_seed(0)
-# balanced = fit(MixtureOfExperts(D, **eight), balanced_error)
+# pairs = []
+# for seed in range(4 if full else 1):
+#     pair, line = [], f"seed {seed}"
+#     for name, loss in {"without": squared_error, "with": balanced_error}.items():
+#         torch.manual_seed(seed)
+#         pair.append(fit(MixtureOfExperts(D, **eight), loss))
+#         busy = len(experts_of_jobs(pair[-1]).argmax(dim=1).unique())
+#         line += f"   {name}: {busy} experts have a job, error {error(pair[-1]):.3f}"
+#     pairs.append(pair)
+#     print(line)
+
+# %% mystnb={"figure": {"caption": "One seed. Without a balancing loss some experts have two jobs and others none. With it, each has one.", "name": "fig-jobs"}, "image": {"alt": "Two heat maps of eight jobs and eight experts. Each row has one dark cell. In the left one some columns have two dark cells or none, in the right one each column has one."}} tags=["active-ipynb", "nbval-ignore-output"]
+# import matplotlib.pyplot as plt
+#
 # fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.0), sharey=True)
-# networks = {"no balancing loss": mixture, "with it": balanced}
-# for ax, (name, network) in zip(axes, networks.items(), strict=True):
-#     table, title = experts_of_jobs(network), f"{name}, error {error(network):.3f}"
-#     figures.heatmap(ax, table, rows="01234567", cols="01234567", title=title, vmin=0, vmax=1)
+# names = ("no balancing loss", "with it")
+# for ax, name, network in zip(axes, names, pairs[0], strict=True):
+#     table = experts_of_jobs(network)
+#     figures.heatmap(ax, table, rows="01234567", cols="01234567", title=name, vmin=0, vmax=1)
 #     ax.set_xlabel("expert")
 # axes[0].set_ylabel("job");
 
 # %% [markdown]
-# In the left panel of {numref}`fig-jobs` some columns are empty: these experts were paid for and never used. In the right panel every expert has work, and the error in the title is smaller.
+# In the left panel of {numref}`fig-jobs` some columns are empty: these experts were paid for and have no job. In the right panel every expert has one. The lines of the other seeds say how general that is: with the balancing loss at least as many experts have a job, and the error is mostly smaller, not always.
 #
 # A second loss keeps the scores themselves small, since a softmax of large scores is delicate in 16 bits: the **router z-loss**, the mean of $(\ln \sum_e \exp s_e)^2$ {cite:p}`zoph2022stmoe`.
 
 # %%
 def router_z_loss(logits: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean of the squared log-sum-exp of the logits `(..., E)` (Zoph et al. 2022, equation 5)."""
-    squares = logits.float().logsumexp(dim=-1).square()
+    squares = widened(logits).logsumexp(dim=-1).square()
     return squares.mean() if real is None else squares[real].mean()
 
 # %% [markdown]
-# `Balanced` adds both to any objective of Chapter 15. The sum over layers is multiplied by the number of tokens, because objectives are sums. Filler does not count.
+# `Balanced` adds both to any objective of Chapter 15. The sum over layers is multiplied by the number of tokens, because objectives are sums. Filler does not count. One promise of Chapter 15 is lost: gradients that are accumulated over micro-batches no longer equal those of the whole batch. {eq}`eq-balance` multiplies two means, and the product of means over parts is another number.
 
 # %%
 @dataclass(frozen=True)
 class Balanced:
     """Another objective, plus the routers' two losses times the number of tokens.
 
-    Each layer adds its own, as in Fedus et al. 2021, section 2.2. Filler counts in neither.
+    Each layer adds its own, as in Fedus et al. 2021, section 2.2. Filler counts in neither. The
+    balancing loss is a product of means over a batch, so `accumulate` over micro-batches is not
+    exact with it.
 
     Args:
         objective: what is balanced, `CrossEntropy()` say.
         weight: of `balance_loss`; 0.01 in Fedus et al. 2021.
         z_weight: of `router_z_loss`; 0.001 in Zoph et al. 2022.
 
-    Raises ValueError for a weight below 0 or not finite.
+    Raises ValueError for a weight below 0 or not finite, and RuntimeError when called with a model
+    in which some routers cannot be seen (`record_routing`).
     """
 
     objective: Objective
@@ -571,9 +590,13 @@ class Balanced:
         """The objective's sums; its `nll` stays as it is."""
         with record_routing(model) as routings:
             part = self.objective(model, batch)
+        mixtures = sum(isinstance(module, MixtureOfExperts) for module in model.modules())
+        if len(routings) != mixtures:
+            seen = f"{len(routings)} of {mixtures} routers were seen"
+            raise RuntimeError(f"{seen}: a layer was compiled and called before")
         extra = part.loss.new_zeros(())
-        for name, (logits, _, chosen) in routings.items():
-            real = batch.src_padding if name.startswith("encoder") else batch.tgt_padding
+        for name, (logits, chosen) in routings.items():
+            real = batch.src_padding if "encoder" in name.split(".") else batch.tgt_padding
             real = real.repeat(len(logits) // len(real), 1)  # R-Drop sends each row twice
             extra = extra + self.weight * balance_loss(logits, chosen, real)
             extra = extra + self.z_weight * router_z_loss(logits, real)
@@ -588,16 +611,19 @@ class Balanced:
 # experts = mixture_of_experts(4, 2, expert=spec(FeedForward, d_ff=64))
 # model = Transformer(patch(PAPER_BASE, SMALL, HEADS, experts))
 # batch = collate([(torch.randint(4, 50, (n,)).tolist(),) * 2 for n in (5, 9, 3)])
-# for objective in (CrossEntropy(), Balanced(CrossEntropy())):
+# losses = []
+# for objective in (CrossEntropy(), Balanced(CrossEntropy(), weight=0.01)):
 #     part = objective(model, batch)
-#     print(f"loss {part.loss / part.tokens:.4f}   nll {part.nll / part.tokens:.4f} a token")
+#     losses.append(part.loss.item() / part.tokens)
+#     print(f"loss {losses[-1]:.4f}   nll {part.nll / part.tokens:.4f} a token")
+# print(f"difference, by weight and layer: {(losses[1] - losses[0]) / 0.01 / 4:.2f}")
 
 # %% [markdown]
-# Four layers, a weight of 0.01, and a loss of a little more than 1 in each: that is the difference. `nll`, what is reported, is the same.
+# Four layers, a weight of 0.01: the last line is the balancing loss of a layer, the mean of four. Fresh routers are uneven, so it is above 1. `nll`, what is reported, is the same. (The loss has smoothed labels, so it may be below nll.)
 #
 # ## On text
 #
-# Now a language model (Chapter 25), with pre-LN (Chapter 26), so that few steps suffice. It reads Shakespeare by characters. Four models do the same number of multiplications in their experts: the dense one with $F = 256$; eight experts of 256, one used; eight experts of 128, two used; and the second again without the balancing loss. `train_language_model` takes a loss of our own:
+# Now a language model (Chapter 25), with pre-LN (Chapter 26), so that few steps suffice. It reads Shakespeare by characters. Four models do the same number of multiplications in their feed-forward networks (the routers' few not counted): the dense one with $F = 256$; eight experts of 256, one used; eight experts of 128, two used; and the second again without the balancing loss. `train_language_model` takes a loss of our own:
 
 # %% tags=["active-ipynb"]
 # import time
@@ -622,7 +648,7 @@ class Balanced:
 #     def loss(model: Transformer, ids: Tensor) -> Tensor:
 #         with record_routing(model) as routings:
 #             value = language_loss(model, ids)
-#         for name, (logits, _, chosen) in routings.items():
+#         for name, (logits, chosen) in routings.items():
 #             value = value + weight * balance_loss(logits, chosen)
 #             if name == LAYER:
 #                 seen.append(shares(chosen, logits.shape[-1]))
@@ -650,11 +676,11 @@ class Balanced:
 #     config = seeds[0][0].config
 #     total, active = count_parameters(config)["total"], active_parameters(config)
 #     bits = [f"{bits_per_byte(model, val_ids, len(val_ids)):.3f}" for model, _, _ in seeds]
-#     print(f"{name:18s} {total:9,} parameters, {active:8,} met   ", end="")
+#     print(f"{name:18s} {total:9,} parameters, {active:8,} active   ", end="")
 #     print(f"bits a character {', '.join(bits)}   {min(run[2] for run in seeds):5.1f} s")
 
 # %% [markdown]
-# Read bits and seconds together. The models with experts have several times the parameters, need the same multiplications for a token, and take more time. A difference in bits that is no larger than the one between two seeds is no gain. A few hundred steps are few, and each expert sees a fraction of their tokens. The gains in the literature come from training that is larger by many orders of magnitude: the Switch Transformer reports the quality of its dense counterpart in a seventh of the time {cite:p}`fedus2021switch`. This page does not reproduce that.
+# Read bits and seconds together. Here experts did not pay. One expert used was worse than the dense network with both seeds, two used were level with it, and both took longer. All are hardly better than the guesser of Chapter 25 that knows one character back: so few steps are too few, and each expert sees a fraction of their tokens. The gains in the literature come from training that is larger by many orders of magnitude: the Switch Transformer reports the quality of its dense counterpart in a seventh of the time {cite:p}`fedus2021switch`. This page does not reproduce that.
 #
 # What it can show is the load:
 
@@ -676,18 +702,18 @@ def draw_shares(histories: dict[str, Tensor]) -> "Figure":
     axes[0].set_ylabel("share of the tokens")
     return figure
 
-# %% mystnb={"figure": {"caption": "Without the balancing loss a few experts take nearly all tokens; with it, all eight work.", "name": "fig-load"}, "image": {"alt": "Two stacked area charts over the training steps, eight bands each, one an expert. In the left one most bands vanish. In the right one all eight stay."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "One seed. Without the balancing loss two experts take nearly all tokens; with it, all eight work.", "name": "fig-load"}, "image": {"alt": "Two stacked area charts over the training steps, eight bands each, one an expert. In the left one two bands fill nearly everything. In the right one all eight stay."}} tags=["active-ipynb", "nbval-ignore-output"]
 # history = {"balancing loss, weight 0.01": runs["8 experts, 1 used"][0][1]}
 # draw_shares({"no balancing loss": runs["1 used, no balance"][0][1], **history});
 
 # %% [markdown]
-# Each band in {numref}`fig-load` is an expert, and its height is the share of tokens that it gets. On the left the bands close. An expert that is closed out gets no tokens, so it gets no gradient and stays as it is. On the right the same model, with the same first weights, keeps all eight.
+# Each band in {numref}`fig-load` is an expert, and its height is the share of tokens that it gets. On the left most bands close early. An expert that gets no tokens gets a gradient of zero and learns nothing. It can come back when the router's scores move: a thin band opens again. In the end two experts have more than nine tokens of ten. On the right is the same model, with the same first weights. Its bands close, too, and the balancing loss opens all eight.
 #
 # ## Who reads what
 #
 # Do experts mean something? Send the validation text through the balanced model and note, for each character, where the router of the upper layer sends it.
 
-# %% mystnb={"figure": {"caption": "Which of the eight experts reads which character, for the twenty most frequent ones.", "name": "fig-characters"}, "image": {"alt": "A heat map with eight experts down and twenty characters across. The shade shows which share of a character's occurrences goes to the expert."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Many characters go to one of the eight experts nearly always; others are split. The twenty most frequent ones.", "name": "fig-characters"}, "image": {"alt": "A heat map with eight experts down and twenty characters across. The shade shows which share of a character's occurrences goes to the expert."}} tags=["active-ipynb", "nbval-ignore-output"]
 # model = runs["8 experts, 1 used"][0][0].eval()
 # windows = val_ids[: len(val_ids) // 50 * 50].view(-1, 50)
 # with torch.no_grad(), record_routing(model) as routings:
@@ -695,30 +721,15 @@ def draw_shares(histories: dict[str, Tensor]) -> "Figure":
 # chosen, read = routings[LAYER].chosen.flatten(0, 1), windows.flatten()
 # common = read.bincount().argsort(descending=True)[:20]
 # table = torch.stack([shares(chosen[read == c], 8) for c in common], dim=1)  # (E, 20)
-# names = [{" ": "␣", "\n": "↵"}.get(s, s) for s in vocabulary.decode(common)]
+# names = [{" ": "space", "\n": "end"}.get(s, s) for s in vocabulary.decode(common)]
 # fig, ax = plt.subplots(figsize=(7.2, 2.6))
 # image = figures.heatmap(ax, table, rows="01234567", cols=names, vmin=0, vmax=1)
 # ax.set(xlabel="character", ylabel="expert")
+# ax.set_xticks(range(20), names, family="monospace", rotation=0)
 # fig.colorbar(image, label="share");
 
 # %% [markdown]
-# In {numref}`fig-characters`, ␣ is the space and ↵ the end of a line. A column with one dark cell is a character that goes to one expert nearly always. But do not read a meaning into each cell; ask for a number. How uncertain is the expert before one knows the character, and after?
-
-# %% tags=["active-ipynb", "nbval-ignore-output"]
-# def entropy(p: Tensor) -> Tensor:
-#     """In bits, over the last dimension."""
-#     return -(p * p.clamp(min=1e-12).log2()).sum(dim=-1)
-#
-#
-# counts = torch.zeros(vocabulary.vocab_size, 8)
-# counts.index_put_((read, chosen[:, 0]), torch.ones(len(read)), accumulate=True)
-# often = counts.sum(dim=1)
-# after = (often / often.sum() * entropy(counts / often.clamp(min=1)[:, None])).sum()
-# print(f"the expert, before: {entropy(counts.sum(dim=0) / often.sum()):.2f} bits of at most 3")
-# print(f"given the character: {after:.2f} bits")
-
-# %% [markdown]
-# The difference is what the character tells; what is left depends on what stands around it. {cite:t}`jiang2024mixtral` looked for experts by topic in Mixtral and found none. What they saw was closer to syntax: the same words, indentation in code. *Expert* is a name, and no description.
+# In {numref}`fig-characters`, *space* is the space and *end* the end of a line. A column with one dark cell is a character that goes to one expert nearly always. Where a column has several, what stands around the character decides, too. But do not read a meaning into each cell. {cite:t}`jiang2024mixtral` looked for experts by topic in Mixtral and found none. What they saw was closer to syntax: the same words, indentation in code. *Expert* is a name, and no description.
 #
 # ## Capacity
 #
@@ -730,14 +741,15 @@ def draw_shares(histories: dict[str, Tensor]) -> "Figure":
 #
 # with $n$ tokens in the call and a **capacity factor** $c$ of 1 or a little more. A choice that finds no place is dropped: the expert adds nothing to that token. Around the sub-layer there is the residual, so the token itself goes on.
 #
-# Who is served first? All first choices, in the order of the tokens. Then all second choices.
+# Who is served first? All first choices, in the order of the tokens. Then all second choices. (GShard does this within groups of tokens, and drops some second choices at random, too.)
 
 # %%
 def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
     """Which choices `(n, k)` find a place: bool `(n, k)`.
 
     An expert has `ceil(capacity * n * k / n_experts)` places. All first choices are served before
-    the second ones, and among those the tokens in their order (Lepikhin et al. 2020, algorithm 1).
+    the second ones, and among those the tokens in their order (Lepikhin et al. 2020, algorithm 1,
+    where tokens are in groups and second choices are also dropped at random).
     """
     n, k = chosen.shape
     places = math.ceil(capacity * n * k / n_experts - 1e-9)  # 1.1 * 10 is a little above 11
@@ -746,14 +758,7 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
     return (turn <= places).view(k, n).T
 
 # %% [markdown]
-# Six tokens want expert 0, two want expert 1, with a capacity factor of 1:
-
-# %% tags=["active-ipynb"]
-# chosen = torch.tensor([[0], [0], [0], [1], [0], [0], [1], [0]])
-# print("served:", within_capacity(chosen, 2, capacity=1.0)[:, 0].int().tolist())
-
-# %% [markdown]
-# The last two that want expert 0 get nothing. Whether *you* are served depends on who stands before you in the batch. These may be words of another sentence, or filler. With two choices it depends even on who stands *behind* you. Two tokens, two experts, one place each. Only the second token changes its mind:
+# Whether *you* are served depends on who stands before you in the batch. These may be words of another sentence, or filler. With two choices it depends even on who stands *behind* you. Two tokens, two experts, one place each. Only the second token changes its mind:
 
 # %% tags=["active-ipynb"]
 # for second in ([0, 1], [1, 0]):
@@ -761,52 +766,35 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 #     print(f"token 1 wants {second}:  token 0 is served", kept[0].int().tolist())
 
 # %% [markdown]
-# The first choice of the later token goes before the second choice of the earlier one. That is a leak from the future, through a causal mask. Here it is in the logits of a sentence, all positions but the last; and without a capacity, for comparison:
-
-# %% tags=["active-ipynb", "nbval-ignore-output"]
-# change = mixture_of_experts(4, 2, expert=spec(FeedForward, d_ff=128))
-# config = patch(language_model(vocabulary.vocab_size), change)
-# torch.manual_seed(0)
-# ids, company = torch.randint(vocabulary.vocab_size, (2, 4, 12))
-# company[0], future = ids[0], ids.clone()  # the first sentence, among three others
-# future[0, -1] = (ids[0, -1] + 1) % vocabulary.vocab_size  # or with another last token
-# for capacity in (None, 1.0):
-#     torch.manual_seed(3)
-#     model = Transformer(patch(config, {"ffn.capacity": capacity})).eval()
-#     with torch.no_grad():
-#         moved = [(model(x) - model(ids))[0, :-1].abs().max() for x in (company, future)]
-#     print(
-#         f"capacity {capacity!s:4s}: company moves it by {moved[0]:.0e}, its future by {moved[1]:.0e}"
-#     )
-
-# %% [markdown]
-# With a capacity, both numbers are far above rounding. Without one, they are zero, or as small as rounding. Do not count on zero: an expert's batch has another size in other company, and a matrix product of another size may round in another order. If a test of yours compares bits, a mixture will fail it and be right.
+# The first choice of the later token goes before the second choice of the earlier one. That is a leak from the future, through a causal mask.
+#
+# Without a capacity tokens do not meet. But do not count on equal bits: an expert's batch has another size in other company, and a matrix product of another size may round in another order.
 #
 # What follows is practical. With a capacity, a sentence decoded token by token has a router that sees one token at a time, and its capacities differ from those in training. A cached model does not equal the uncached one. Filler takes places. The order of the batch matters. One remedy is a larger capacity for evaluation than for training {cite:p}`zoph2022stmoe`; another is to have none.
 #
-# How much is lost? The trained models of the last section, read with less and less room:
+# How much is lost? The trained models, with less and less room, in one call with all windows of the last figure:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def with_capacity(model: Transformer, capacity: float | None) -> tuple[float, float]:
-#     """Bits a character, and the share of the choices that are dropped."""
+#     """Bits a character, and the share of the choices that are dropped in the same call."""
 #     for module in model.modules():
 #         if isinstance(module, MixtureOfExperts):
 #             module.capacity = capacity
 #     with torch.no_grad(), record_routing(model) as routings:
-#         model.eval()(windows)
-#     wanted = [chosen.flatten(0, 1) for _, _, chosen in routings.values()]
+#         nats = language_loss(model.eval(), windows).item()
+#     wanted = [routing.chosen.flatten(0, 1) for routing in routings.values()]
 #     kept = torch.stack([within_capacity(c, 8, capacity or 8.0) for c in wanted])
-#     return bits_per_byte(model, val_ids, len(val_ids)), 1 - kept.float().mean().item()
+#     return nats / math.log(2), 1 - kept.float().mean().item()
 #
 #
 # for name in ("8 experts, 1 used", "1 used, no balance"):
 #     for capacity in (None, 2.0, 1.25, 1.0):
 #         bits, dropped = with_capacity(runs[name][0][0], capacity)
-#         print(f"{name:19s} capacity {capacity!s:5s} dropped {dropped:4.0%}   {bits:.3f} bits")
+#         print(f"{name:19s} capacity {capacity!s:5s} dropped {dropped:5.1%}   {bits:.3f} bits")
 #     with_capacity(runs[name][0][0], None)
 
 # %% [markdown]
-# Where the load is even, little is dropped. Where a few experts have all the load, a large part of the tokens finds no place, and the text is predicted worse. A capacity needs a balanced router.
+# Where a few experts have all the load, a large part of the tokens finds no place, and the text is predicted worse. The balanced router loses much less, but at a factor of 1 it loses, too: its load is nearly even, not quite, and it never trained with a capacity. A capacity needs a balanced router, and some room.
 #
 # ## The patch, measured
 #
@@ -817,14 +805,9 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 #
 # mixtral = mixture_of_experts(8, 2, expert=spec(GatedFeedForward, d_ff=14_336))
 # print(mixtral["ffn"])
-# for wrong in ({"top_k": 9}, {"n_experts": 0}, {"capacity": 0}):
-#     try:
-#         MixtureOfExperts(D, **wrong)
-#     except ValueError as problem:
-#         print(problem)
 
 # %% [markdown]
-# Next to the paper's model, on translation and on text, the same budget, three seeds each. Chapter 35 has the whole matrix. Look at whether the ranges overlap.
+# Next to the paper's model, on translation and on text, the same budget, three seeds each. Chapter 35 has the whole matrix. Four experts of half the width in each layer, two used: the multiplications of the paper's network, twice its feed-forward parameters. Translation has the balancing loss with a weight of 0.01; the language model has none. Look at whether the ranges overlap.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.book import measured
@@ -834,26 +817,33 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 # %% [markdown]
 # ## What the paper said, and what came of it
 #
-# The paper of 2017 has one network a layer. In the same year and with an author in common, {cite:t}`shazeer2017outrageously` put thousands of experts between recurrent layers, with noise on the scores and two balancing losses. GShard put them into the Transformer, in every second layer, for translation with 600 billion parameters {cite:p}`lepikhin2020gshard`. The Switch Transformer showed that one expert a token is enough {cite:p}`fedus2021switch`. ST-MoE added the z-loss after training runs that diverged {cite:p}`zoph2022stmoe`.
+# The paper of 2017 has one network a layer. In the same year and with an author in common, {cite:t}`shazeer2017outrageously` put thousands of experts between recurrent layers, with noise on the scores and two balancing losses. GShard put them into every second layer of a Transformer for translation, and the Switch Transformer showed that one expert a token is enough. ST-MoE added the z-loss after training runs that diverged {cite:p}`zoph2022stmoe`. Parameters in billions:
 #
-# Mixtral 8x7B has eight gated experts in each layer, two used: 47 billion parameters, 13 billion active {cite:p}`jiang2024mixtral`. DeepSeekMoE cuts experts smaller and uses more of them, and adds **shared** experts that every token passes (Exercise 34.4) {cite:p}`dai2024deepseekmoe`. DeepSeek-V3 has 256 small experts a layer, eight used, one shared: 671 billion parameters, 37 billion active. Its scores go through a sigmoid, and the chosen ones are divided by their sum. It balances in another way: each expert has a number that is added to its score *for the choice only*, raised after a step in which the expert had too little, lowered after one in which it had too much {cite:p}`deepseek2024v3`. Only a very small balancing loss is left, within each sequence.
+# | Model | Year | Experts | Used | Parameters | Active | How the load is balanced |
+# | --- | --- | --- | --- | --- | --- | --- |
+# | GShard {cite:p}`lepikhin2020gshard` | 2020 | 2048 | 2 | 600 | not given | loss and capacity |
+# | Switch-C {cite:p}`fedus2021switch` | 2021 | 2048 | 1 | 1571 | not given | loss and capacity |
+# | Mixtral 8x7B {cite:p}`jiang2024mixtral` | 2024 | 8 | 2 | 47 | 13 | not told |
+# | DeepSeekMoE 16B {cite:p}`dai2024deepseekmoe` | 2024 | 64, 2 shared | 6, 2 shared | 16.4 | 2.8 | loss |
+# | DeepSeek-V3 {cite:p}`deepseek2024v3` | 2024 | 256, 1 shared | 8, 1 shared | 671 | 37 | a number for each expert |
 #
-# Large systems place experts on different machines, and tokens travel between them. That traffic is why balance is worth a loss of its own. They drop the loop, too: one kernel multiplies all groups of rows by their own matrices at once. Our loop costs one call an expert. And under `torch.compile`, which wants shapes that do not depend on the data, our `readers` sends every token through every expert, with weights of zero: the same result for the work of all experts. A fixed capacity is GShard's answer to that wish.
+# Every token passes a **shared** expert (Exercise 34.4). In DeepSeek-V3 the first three layers have no experts. Its scores go through a sigmoid, and the chosen ones are divided by their sum. The number for each expert is added to its score *for the choice only*. It is raised after a step in which the expert had too little, and lowered after one in which it had too much {cite:p}`wang2024auxiliary`. Only a very small balancing loss is left, within each sequence.
+#
+# Large systems place experts on different machines, and tokens travel between them. That traffic is why balance is worth a loss of its own. They drop the loop, too. Our loop costs one call an expert; one kernel can multiply all groups of rows by their own matrices at once, with no token dropped {cite:p}`gale2022megablocks`. And under `torch.compile`, which wants shapes that do not depend on the data, our `readers` sends every token through every expert, with weights of zero: the same result for the work of all experts. A fixed capacity is GShard's answer to that wish.
 #
 # ## How it breaks
 #
 # - *The weights are forgotten.* The experts' answers are just added. The loss falls, and the router gets no gradient. Look at the router's gradient, as above.
-# - *Top-1, renormalised.* The same symptom, from a line that is right for two.
 # - *Collapse.* The loss looks normal. Print the shares, every thousand steps.
 # - *The balancing loss weighs too much.* Then the router sends tokens anywhere, as long as it is evenly. The shares look perfect then. Look at nll, too.
 # - *Filler is balanced, too.* It is one token many times over, and the loss pushes real tokens away from the experts that filler likes.
-# - *A capacity at inference.* The same prompt gives two answers in two batches.
+# - *Routers that nobody watches.* `layer.compile()`, one call, and then `record_routing` sees nothing, for a compiled layer overlooks hooks that come later. `Balanced` counts the routers and raises an error.
 #
 # ## Takeaways
 #
 # - A router scores $E$ networks; a token passes $k$ of them, and $g_e$ weighs their answers: {eq}`eq-experts`.
 # - Parameters grow with $E$, multiplications with $k$, memory with $E$ again.
-# - Left alone, a router collapses. {eq}`eq-balance` gives counts a slope by multiplying them with probabilities.
+# - Left alone, a router may collapse. {eq}`eq-balance` gives counts a slope by multiplying them with probabilities.
 # - A capacity fixes the shapes, drops tokens, and lets the tokens of a batch depend on each other.
 #
 # ## Exercises
@@ -899,7 +889,7 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 # check("34.3", answer)  # a loss of 1 does not prove an even load
 
 # %% [markdown]
-# **Exercise 34.4.** Write `WithShared`, a subclass of `MixtureOfExperts` with the same arguments and one more expert, `self.shared`, that every token passes; its answer is added to the mixture's. Answer with the class.
+# **Exercise 34.4.** Write `WithShared`, a subclass of `MixtureOfExperts` with the same arguments (and defaults) and one more expert of its own, `self.shared`, that every token passes; its answer is added to the mixture's. Answer with the class.
 
 # %% tags=["active-ipynb"]
 # answer = ...
@@ -907,7 +897,13 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 
 # %% tags=["active-ipynb", "hide-cell"]
 # class WithShared(MixtureOfExperts):
-#     def __init__(self, d_model: int, *sizes: int, expert: Spec[nn.Module], **options: Any) -> None:
+#     def __init__(
+#         self,
+#         d_model: int,
+#         *sizes: int,
+#         expert: Spec[nn.Module] = spec(FeedForward, d_ff=2048),
+#         **options: Any,
+#     ) -> None:
 #         super().__init__(d_model, *sizes, expert=expert, **options)
 #         self.shared = expert(d_model=d_model)
 #

@@ -600,11 +600,11 @@ def mean_pooled(model: Transformer, n_kv_heads: int) -> Transformer:
 #
 #
 # fresh = dict(Transformer(config).named_parameters())
-# print(" " * 46, "cosine   length of the mean   (fresh: cosine, length)")
+# print(f"{'trained, and in brackets fresh':46s} cosine            length of the mean")
 # for name, matrix in trained.named_parameters():
 #     if name.endswith(("k_proj.weight", "v_proj.weight")):
 #         (a, b), (c, e) = likeness(matrix), likeness(fresh[name])
-#         print(f"{name:46s}{a:7.2f}{b:21.2f}{c:19.2f}{e:8.2f}")
+#         print(f"{name:46s}{a:7.2f} ({c:5.2f}){b:14.2f} ({e:.2f})")
 
 # %% [markdown]
 # The cosines are near 0, and so are those of matrices that never saw a text. Training has not made the heads alike, number by number, and the mean of four is half as long as each. Be careful with the rest. A cosine compares numbers, not functions. Multiply a head's queries by an invertible matrix and its keys by the transposed inverse: every score stays, and the cosine with the neighbours becomes another one. Two heads may do the same work in different coordinates. Their mean does it no longer.
@@ -635,7 +635,7 @@ def mean_pooled(model: Transformer, n_kv_heads: int) -> Transformer:
 #         print(f"{name} scale: H = {H}, K = {H // 2}")
 
 # %% [markdown]
-# Look at whether the ranges overlap before you read a difference into the means. The gain of this patch is in the cache, and the table does not show it.
+# Look at whether the ranges overlap before you read a difference into the means. What the table can show is the price, at this size and on this budget. The gain is in the cache.
 
 # %% [markdown]
 # ## What the papers say, and what production does

@@ -47,7 +47,7 @@ from transformer_annotated.training.trainer import step_seed
 #
 # print(diff(PAPER_BASE, patch(PAPER_BASE, DECODER_ONLY)))
 
-# %% mystnb={"figure": {"caption": "Coloured: the box that read from the encoder. It goes with its norm, and so does the whole left half.", "name": "fig-seams-language-model"}, "image": {"alt": "The two stacks of the Transformer with the cross-attention box of the decoder coloured. It is the only box of the right half that goes."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "Coloured: the box that read from the encoder. It goes with its norm, and so does the whole left half.", "name": "fig-seams-language-model"}, "image": {"alt": "The two stacks of the Transformer with the cross-attention box of the decoder coloured. An arrow leads to it from the encoder on the left; a residual and norm box stands above it."}} tags=["active-ipynb"]
 # figures.seams(["cross_attention"]);
 
 # %% [markdown]
@@ -169,7 +169,7 @@ class Characters:
 #     print(f"{name:28s}{bits:6.2f} bits a byte")
 
 # %% [markdown]
-# Each guesser is a table: row the character before, column the next one, and the third table is counted in the text. Read the column downwards: each piece of knowledge saves bits. How much does a Transformer save, which may look at everything before?
+# In the code a guesser is a table: a row for the character before, a column for the next one. Read the numbers downwards: each piece of knowledge saves bits. How much does a Transformer save, which may look at everything before?
 #
 # ## One text, many questions
 #
@@ -342,9 +342,9 @@ def train_language_model(
 # from transformer_annotated import SDPA
 #
 # torch.set_num_threads(1)
-# steps, length, batch = (1500, 128, 8) if full else (4, 32, 2)
+# steps, length, batch = (1100, 128, 8) if full else (4, 32, 2)
 # torch.manual_seed(0)
-# model = Transformer(patch(config, SDPA))  # Chapter 3's other way to attention: faster
+# model = Transformer(patch(config, SDPA))
 # start = time.perf_counter()
 # losses = train_language_model(model, train_ids, steps=steps, length=length, batch=batch, rate=5e-3)
 # print(f"ln V = {math.log(V):.2f}; first loss {losses[0]:.2f}, last {losses[-1]:.2f} nats a token")
@@ -424,7 +424,7 @@ def bits_per_byte(model: Transformer, ids: Tensor, n_bytes: int, *, length: int 
 # print(f"the third guesser {baselines['knows the character before']:.4f}")
 
 # %% [markdown]
-# Every number from 1 to 7 is an answer exactly once, and only 0 is not. A model that gives all characters the same score costs exactly $\log_2 V$. That is the check. The second line is the answer to the question above: compare the trained model with the third guesser, who saw one character.
+# Every number from 1 to 7 is an answer exactly once, and only 0 is not. A model that gives all characters the same score costs exactly $\log_2 V$. That is the check. The last line is the answer to the question above: compare the trained model with the third guesser, who saw one character.
 #
 # Now another tokenizer: byte-pair encoding, from Chapter 13. It keeps line ends and spaces, so running text comes back exactly. Characters that stand together often are one token now. Ġ is a space and Ċ a line end. The very first Ġ is not in the text: this tokenizer puts a space before it, as before any word, and `decode` takes it away.
 
@@ -481,7 +481,7 @@ def nats_by_position(
 # by_place = nats_by_position(model, val_ids, length=2 * length) / math.log(2)
 # print(f"{(len(val_ids) - 1) // (2 * length)} windows of {2 * length} characters")
 
-# %% mystnb={"figure": {"caption": "The first few characters of context help most. Past the length it was trained on, the model is worse than after a single character.", "name": "fig-language-model-position"}, "image": {"alt": "Bits a character against the number of characters read. The curve falls steeply over the first ten characters, stays level up to a dashed line that marks the training length, and jumps up after it."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "The first few characters of context help most. Past the length it was trained on, the model soon does no better than after a single character.", "name": "fig-language-model-position"}, "image": {"alt": "Bits a character against the number of characters read. The curve falls steeply over the first ten characters, stays level up to a dashed line that marks the training length, and jumps up after it."}} tags=["active-ipynb", "nbval-ignore-output"]
 # fig, ax = plt.subplots(figsize=(7.2, 3.0))
 # ax.plot(range(1, 2 * length + 1), by_place)
 # ax.axvline(length, color="#666666", linewidth=1, linestyle="--")
@@ -579,7 +579,7 @@ def generate(
 #     print(alphabet.decode(token), end="", flush=True)
 
 # %% [markdown]
-# The first twenty characters are the prompt. The rest was printed one by one. Most words are English, the names and the line breaks look like a play, and there is no meaning. More is not to be expected of a hundred thousand parameters.
+# The first twenty characters are the prompt. The rest was printed one by one. Many words are English, the names and the line breaks look like a play, and there is no meaning. More is not to be expected of a hundred thousand parameters.
 #
 # Is the cache right? Read everything again for each token, take the most probable one, and compare. The temperature 0 means just that, and a very small temperature must agree with it.
 
@@ -815,7 +815,7 @@ def draw_masks(prefix: int = 4, T: int = 8) -> Any:
 # {cite:t}`liu2018generating` dropped it to write articles from long sources; they suspected that encoder and decoder learn the same language twice. GPT trained a decoder on books and then fine-tuned it {cite:p}`radford2018improving`. GPT-2 left the fine-tuning out {cite:p}`radford2019language`. GPT-3 made the prompt the whole interface: show some examples, and the model goes on {cite:p}`brown2020language`. The reasons that are usually given:
 #
 # - *One stack.* No choice of how to divide the layers, and one kind of layer to make fast.
-# - *Every token teaches.* A crop of $T$ tokens gives $T$ losses. With an encoder, the tokens on its side give none. The German words could teach the causal model as well; here they do not, so that all three learn from the same losses.
+# - *Every token teaches.* A crop of $T$ tokens gives $T$ losses. With an encoder, the tokens on its side give none. The German words could teach the causal model as well; in the experiment above they do not, so that all three learn from the same losses.
 # - *One cache.* In a dialogue, what was answered becomes part of the prompt. A causal stack keeps its keys. An encoder, or a prefix that has grown, must be computed again, since every position sees the new ones.
 # - *Any task is a text.* No need to say what is source and what is target.
 #

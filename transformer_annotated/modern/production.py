@@ -254,7 +254,7 @@ LATE: dict[str, Published] = {
     ),
     "gpt-oss-120b": Published(
         2025, "openai2025gptoss", 131_072, None,
-        (*LLAMA[:4], UNSCALED, UNTIED, {"norm.eps": 1e-5}, grouped_queries(8),
+        (*LLAMA[:4], UNSCALED, UNTIED, {"norm.eps": 1e-5, "dropout": 0.0}, grouped_queries(8),
          sizes(201_088, 2880, 36, 64),
          mixture_of_experts(128, 4, expert=spec(GatedFeedForward, d_ff=2880, bias=True)),
          {"self_attention": pattern("LG", L=spec(MultiHeadAttention, n_heads=64, window=128),
@@ -326,6 +326,8 @@ def as_config(name: str) -> Config:
 # A number of parameters proves much, and not all. The number cannot tell base 10,000 from base 500,000, or post-LN from pre-LN without its last norm. For that, outputs must be compared, with published weights. A later part does it.
 #
 # One more check that needs no weights. Make each model small, with every part in its place. Does it run, does each parameter get a gradient, is the future hidden? And can its description be saved and read?
+#
+# Two functions help. `described` reads a config and says in words what stands at each seam; it will also write the tables. `small` changes the sizes, and nothing that `described` tells.
 
 # %%
 WORDS: dict[Any, str] = {
@@ -466,7 +468,7 @@ def small(config: Config) -> Config:
 # %% [markdown]
 # ## The tables
 #
-# `described` says in words what stands at each seam. It reads the config, and so no cell of these tables was typed; what a model has beyond this book is added from its entry. Two helpers collect the words.
+# No cell of these tables was typed: `described` reads the configs, and what a model has beyond this book is added from its entry. Three helpers collect the words.
 
 # %%
 def kept(name: str) -> list[str]:
@@ -523,7 +525,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 # show("scores", "key heads", "reach")
 
 # %% [markdown]
-# The division by $\sqrt{d}$ is still there in all models but T5. What was added guards against large scores. More than half of the later models share key heads. Windows are found in some, mostly in a pattern with full layers.
+# The division by $\sqrt{d}$ is still there in all models but T5. QK-norm and the soft-cap guard against large scores. The learned number of gpt-oss lets a head look at nothing. More than half of the later models share key heads. Windows are found in some, mostly in a pattern with full layers.
 #
 # **Feed-forward networks, and the two ends** (Chapters 28 and 34, and Chapter 7):
 
@@ -703,7 +705,7 @@ def draw_years() -> Any:
 # - **Attention.** A softmax over scaled scores, a weighted mean of values, several heads side by side.
 # - **The rhythm.** Attention mixes positions; then a network works on each position alone.
 # - **The ends.** A table of tokens in, a score for every token out. Tokens are pieces of words {cite:p}`sennrich2016neural`.
-# - **The training.** The next token, at all positions at once, with the truth as input. The optimiser is a relative of Adam {cite:p}`kingma2015adam`: Llama 3 and DeepSeek-V3 use AdamW {cite:p}`loshchilov2019decoupled`.
+# - **The training.** The next token, at all positions at once, with the truth as input. (BERT, which reads and does not write, fills gaps.) The optimiser is a relative of Adam {cite:p}`kingma2015adam`: Llama 3 and DeepSeek-V3 use AdamW {cite:p}`loshchilov2019decoupled`.
 #
 # That these parts stayed is visible in the code: `Layer.forward` and `MultiHeadAttention.forward` of Part I run all of these models.
 #
@@ -712,9 +714,6 @@ def draw_years() -> Any:
 # Now the page to print: each patch, its chapter, how many of the fourteen models have it, and what it did in the ablation matrix of [Chapter 35](ablation.ipynb). There each patch alone is compared with the paper's model: the same budget, with the width of the feed-forward network chosen so that the parameters are nearly equal (experts excepted). The difference is in nats a token for translation and in bits a byte for language. Below zero is better.
 
 # %%
-METRICS = {"translation": "loss", "language": "bits_per_byte"}
-
-
 def measured_lines() -> list[dict[str, Any]]:
     """The runs of the ablation matrix at its largest scale that was run; none if none was."""
     try:
@@ -725,31 +724,25 @@ def measured_lines() -> list[dict[str, Any]]:
     return [line for line in lines if line["scale"] == scale]
 
 
-def effect(lines: Sequence[Mapping[str, Any]], row: str, task: str) -> str:
-    """How a row differs from the paper's: the mean over seeds, and in how many it is better."""
-
-    def runs(name: str) -> dict[int, float]:
-        chosen = (line for line in lines if (line["row"], line["task"]) == (name, task))
-        return {line["seed"]: line[METRICS[task]] for line in chosen}
-
-    paper, ours = runs("paper"), runs(row)
-    differences = [ours[seed] - paper[seed] for seed in paper if seed in ours]
+def in_words(differences: Sequence[float]) -> str:
+    """Differences to the paper's model, one a seed: their mean, and how many are better (below 0)."""
     if not differences:
         return "not measured yet"
-    mean, won = sum(differences) / len(differences), sum(d < 0 for d in differences)
-    return f"{mean:+.3f}, better in {won} of {len(differences)}"
+    mean, better = sum(differences) / len(differences), sum(d < 0 for d in differences)
+    return f"{mean:+.3f}, better in {better} of {len(differences)}"
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# from transformer_annotated.modern.ablation import SCALES, rows
+# from transformer_annotated.modern.ablation import SCALES, effects, rows
 #
 # found = measured_lines()
 # alone = rows(SCALES[found[0]["scale"] if found else "smoke"])
+# tasks = ("translation", "language")
 #
 #
 # def line(name: str, change: Change) -> tuple[object, ...]:
 #     settings = "<br>".join(f"`{path}` = `{v!r}`" for path, v in alone[name][0].items())
-#     effects = [effect(found, name, task) for task in METRICS]
-#     return name, change.chapter, f"{len(change.users)} of {len(MODELS) - 1}", *effects, settings
+#     measured = [in_words(effects(found, task).get(name, ())) for task in tasks]
+#     return name, change.chapter, f"{len(change.users)} of {len(MODELS) - 1}", *measured, settings
 #
 #
 # print(found[0]["scale"] + ": " + found[0]["machine"] if found else "no runs stored yet")
@@ -760,14 +753,15 @@ def effect(lines: Sequence[Mapping[str, Any]], row: str, task: str) -> str:
 # %% [markdown]
 # Few seeds and many rows: one of them may well be better in every seed by luck alone.
 #
-# And read what the table *cannot* say:
+# Compare the column *models* with the two after it. What most models have need not win here, and what wins here need not be in most models. That is a reason to ask what the table *cannot* say:
 #
+# - *Depth.* Pre-LN is for stacks deeper than those of the matrix; Chapter 26 trains deeper ones.
 # - *Scale.* Our models are small and our budgets short. That QK-norm keeps training stable is a finding about models of billions of parameters, or of high rates {cite:p}`dehghani2023scaling,wortsman2024small`.
 # - *Long texts.* RoPE's base, its scaling, and windows are for texts much longer than those of the matrix.
 # - *Serving.* Shared key heads and windows exist to save memory and time at decoding. A loss cannot show that; the cache column above does.
 # - *Many tokens.* Experts add parameters, which a large corpus can fill. Ours are small.
 #
-# So for these four the reasons on this page are citations. For the norms, the activations and the position schemes at short length, you have both.
+# So for these five the reasons lie elsewhere: in other chapters, and in citations. For the norm itself, the activations and the position schemes at short length, you have a measurement beside the citation.
 #
 # ## How to read such a table
 #
@@ -803,7 +797,7 @@ def effect(lines: Sequence[Mapping[str, Any]], row: str, task: str) -> str:
 # %% [markdown]
 # The experts share their attention. The report's own figures are 47 and 13 billion {cite:p}`jiang2024mixtral`.
 #
-# **Remember who is missing.** A report lists what was kept. What was tried and dropped is seldom written down, and closed models write down nothing.
+# **Remember who is missing.** A report lists what was kept. What was tried and dropped is seldom written down, and of many closed models nothing is published.
 #
 # ## How it breaks
 #

@@ -180,7 +180,7 @@ class LinearBias:
     key_positions: Tensor
 
     def dense(self) -> Tensor:
-        """-slope |i - j|: `(B|1, H, T, S)`."""
+        """`-slope * |i - j|`, for each pair: `(B|1, H, T, S)`."""
         steps = distances(self.positions, self.key_positions).abs()  # (B|1, T, S)
         return self.slopes[:, None, None] * -steps[:, None]
 
@@ -512,7 +512,7 @@ T5_BIAS = {
 # for name, change in {"clock": {}, "ALiBi": ALIBI, "T5": T5_BIAS}.items():
 #     model = Transformer(patch(small, change)).double().eval()
 #     for parameter in model.parameters():
-#         nn.init.normal_(parameter, std=0.2)
+#         nn.init.normal_(parameter)
 #     mirrored = (model(src, tgt) - model(src.flip(1), tgt)).abs().max()
 #     print(f"{name:6s} largest difference {mirrored:.2g}")
 #     assert (name == "ALiBi") == bool(mirrored < 1e-10)
@@ -602,7 +602,7 @@ T5_BIAS = {
 # print(measured("alibi", "t5_bias"))
 
 # %% [markdown]
-# These texts are as long as those of the training. That is the ordinary case, and there a bias has to earn its place without the advantage of {numref}`fig-extrapolate`. In translation ALiBi has a handicap besides: its encoder cannot tell a source from its mirror image, and the decoder has to guess the order from the words.
+# These texts are as long as those of the training. That is the ordinary case, and there a bias has to earn its place without the advantage of {numref}`fig-extrapolate`. In translation ALiBi has a handicap besides: its encoder cannot tell a source from its mirror image, and the decoder has to guess the order from the words. T5's table starts at zero: its encoder begins without any order, and a short run has to bring that first.
 #
 # ## What the papers said, what production does
 #

@@ -624,7 +624,7 @@ def to_last_keys(attend: Attend) -> Attend:
 #         print(f"{name} scale: W = {window}; texts of {length} characters")
 
 # %% [markdown]
-# A window can change something only where a text is longer than it. The crops of text are many times as long. Sentences are short; in the toy language of the small scale about half of them are longer than eight words. So the window can matter on both tasks there. Look at whether the ranges overlap before you read a difference into the means.
+# A window can change something only where a text is longer than it. The crops of text are many times as long. Sentences are short; in the toy language of the small scale about half of them are longer than eight words. So the window can matter on both tasks there. Look at whether the ranges overlap before you read a difference into the means. And a difference on so short a budget says nothing about a longer one.
 
 # %% [markdown]
 # ## What the papers say, and what production does

@@ -461,7 +461,7 @@ def draw_losses(losses: dict[str, list[list[float]]], floor: float) -> "Figure":
 # draw_losses(curves, blind);
 
 # %% [markdown]
-# Each point of {numref}`fig-warm-up` is the mean of ten steps. The runs with the full rate are lower at first: they learn the word frequencies sooner. Then two of them stay at the dotted line and the third leaves it slowly, while the runs with a warm-up go through it and on. Then two of them stay at the dotted line and the third leaves it slowly, while the others pass through it and go on.
+# Each point of {numref}`fig-warm-up` is the mean of ten steps. The runs with the full rate are lower at first: they learn the word frequencies sooner. Then two of them stay at the dotted line and the third leaves it slowly, while the runs with a warm-up go through it and on.
 #
 # Is it the depth, or the rate? Take away one at a time, still without a warm-up:
 
