@@ -39,7 +39,7 @@ MUTANTS: list[Mutant] = [
     Mutant("normalised-residual", "The direct way begins behind the norm, so it is no direct way.",
            "modern.pre_ln:PreNorm.forward", "return x + ", "return self.norm(x) + ",
            "tests/test_pre_ln.py::test_silent_sublayers_leave_the_identity", {"frame": PreNorm}),
-    Mutant("no-residual", "The sub-layer's output replaces its input instead of being added.",
+    Mutant("pre-norm-without-x", "The sub-layer's output replaces its input instead of being added.",
            "modern.pre_ln:PreNorm.forward", "return x + ", "return ",
            "tests/test_pre_ln.py::test_the_jacobian_contains_the_identity"),
     Mutant("missing-final-norm", "A stack has a final norm, with its parameters, and does not apply it.",

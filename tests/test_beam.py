@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.reference import assert_close, redraw
-from tests.variants import VARIANTS, batch, build
+from tests.variants import CACHED, VARIANTS, batch, build
 from transformer_annotated import Config, Head, Transformer, beam_search, greedy_search, patch, spec
 from transformer_annotated.paper.toy import BOS, EOS, PAD, UNK
 from transformer_annotated.training.beam import GNMT, Finished, HuggingFace, best
 from transformer_annotated.training.decoding import packed
 
-SEQ2SEQ = [name for name, variant in VARIANTS.items() if variant.kind == "seq2seq"]
+SEQ2SEQ = [name for name in CACHED if VARIANTS[name].kind == "seq2seq"]
 SIZES = {
     "d_model": 16,
     "n_layers": 2,

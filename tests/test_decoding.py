@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.reference import assert_close
 from tests.test_beam import sources, talker
-from tests.variants import SMALL, VARIANTS, batch, build, sentence
+from tests.variants import CACHED, SMALL, VARIANTS, batch, build, sentence
 from transformer_annotated import (
     Cache,
     Transformer,
@@ -34,8 +34,8 @@ from transformer_annotated.training.decoding import (
 )
 from transformer_annotated.training.tokens import train_bpe
 
-SEQ2SEQ = [name for name, variant in VARIANTS.items() if variant.kind == "seq2seq"]
-CAUSAL = [name for name, variant in VARIANTS.items() if variant.kind != "encoder"]
+SEQ2SEQ = [name for name in CACHED if VARIANTS[name].kind == "seq2seq"]
+CAUSAL = [name for name in CACHED if VARIANTS[name].kind != "encoder"]
 every_seq2seq = pytest.mark.parametrize("variant", SEQ2SEQ)
 CHUNKS = [(7, 1, 1, 1, 5, 1), (1,) * 16, (16,), (3, 13), (1, 15)]
 T = 16

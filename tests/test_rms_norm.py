@@ -167,8 +167,14 @@ def test_scores_are_bounded() -> None:
     x = 100 * draw(1000, d, seed="x")
     with torch.no_grad():
         scores = query(x) @ key(torch.cat((x, -x))).T / math.sqrt(d)
-        bound = math.sqrt(d) * (query.weight * key.weight).abs().max()
-        assert scores.abs().max() <= bound * (1 + 1e-6)
+        products = math.sqrt(d) * (query.weight * key.weight).abs().max()
+        bound = math.sqrt(d) * query.weight.abs().max() * key.weight.abs().max()
+        assert scores.abs().max() <= products * (1 + 1e-6)  # without positions in between
+        assert products <= bound
+        for angle in (0.3, 2.0):  # a rotation mixes the numbers: the page's bound still holds
+            turn = torch.matrix_exp(angle * (draw(d, d, seed="a") - draw(d, d, seed="a").T))
+            turned = query(x) @ turn @ key(torch.cat((x, -x))).T / math.sqrt(d)
+            assert turned.abs().max() <= bound * (1 + 1e-4)
         reached = RMSNorm(d)(x) @ RMSNorm(d)(x).T / math.sqrt(d)
     assert_close(reached.max(), torch.tensor(math.sqrt(d)))  # a key that points along the query
 
@@ -229,3 +235,8 @@ def test_the_backward_pass_by_hand(eps: float) -> None:
 def test_it_keeps_x_and_one_number_a_row() -> None:
     norm, x = RMSNorm(64), torch.randn(10, 64, requires_grad=True)
     assert kept_bytes(norm, lambda: norm(x)) == 4 * (10 * 64 + 10)
+
+    def written(x: torch.Tensor) -> torch.Tensor:  # PyTorch's own gradient keeps one more
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+    assert kept_bytes(norm, lambda: written(x)) == 4 * (2 * 10 * 64 + 10)

@@ -123,10 +123,10 @@ def _(answer: Any) -> None:
 
 @exercise("27.2")
 def _(answer: Any) -> None:
-    scores = torch.full((1000,), -(128**0.5), dtype=torch.float64)
-    scores[0] *= -1
-    hint = "Softmax of one score at the bound and 999 at minus the bound."
-    close(answer, scores.softmax(dim=0)[0], rel=1e-6, hint=hint)
+    largest = torch.tensor([[16.0], [64.0]], dtype=torch.float64).sqrt()
+    scores = torch.cat((largest, -largest.expand(2, 999)), dim=1)
+    hint = "Softmax of one score at the bound and 999 at minus the bound, to five digits."
+    close(answer, scores.softmax(dim=1)[:, 0], rel=1e-5, hint=hint)
 
 
 @exercise("27.3")
@@ -155,10 +155,17 @@ def _(answer: Any) -> None:
 
 @exercise("28.1")
 def _(answer: Any) -> None:
+    from transformer_annotated.modern.gated import GatedFeedForward
     from transformer_annotated.paper.feed_forward import FeedForward
 
-    plain = sum(p.numel() for p in FeedForward(768, 3072, bias=False).parameters())
-    close(answer, float(plain // (3 * 768)), rel=1e-9, hint="Three matrices share what two had.")
+    plain = sum(p.numel() for p in FeedForward(768, 3072).parameters())
+    one, two = (
+        sum(p.numel() for p in GatedFeedForward(768, width, bias=True).parameters())
+        for width in (1, 2)
+    )
+    width = 1 + (plain - one) // (two - one)
+    hint = "Three layers share what two had. How many biases has each of them?"
+    close(answer, float(width), rel=1e-9, hint=hint)
 
 
 @exercise("28.2")
@@ -175,21 +182,14 @@ def _(answer: Any) -> None:
 
 @exercise("28.3")
 def _(answer: Any) -> None:
-    from transformer_annotated.modern.gated import GatedFeedForward
-
-    assert callable(answer), "A function of a network and its input is asked for."
-    ffn = GatedFeedForward(8, 12).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    calls = []
-    handles = [
-        layer.register_forward_hook(lambda *_: calls.append(1)) for layer in (ffn.gate, ffn.up)
-    ]
-    with torch.no_grad():
-        found = answer(ffn, x)
-        for handle in handles:
-            handle.remove()
-        close(found, ffn(x), rel=1e-9, hint="Which half goes through the activation?")
-    assert not calls, "`gate` and `up` were called one by one; join their weights instead."
+    assert callable(answer), "A function of one matrix is asked for."
+    gate, up = torch.randn(2, 12, 8, dtype=torch.float64)
+    stored = torch.stack((gate, up), dim=1).flatten(0, 1)  # gate, up, gate, up, ...
+    found = answer(stored)
+    assert isinstance(found, (tuple, list)), "Two matrices are asked for."
+    assert len(found) == 2, "Two matrices are asked for."
+    for name, got, wanted in zip(("gate", "up"), found, (gate, up), strict=True):
+        close(got, wanted, rel=1e-9, hint=f"Which rows belong to `{name}`, and in which order?")
 
 
 @exercise("28.4")

@@ -713,7 +713,7 @@ def draw_shares(histories: dict[str, Tensor]) -> "Figure":
 #
 # Do experts mean something? Send the validation text through the balanced model and note, for each character, where the router of the upper layer sends it.
 
-# %% mystnb={"figure": {"caption": "Many characters go to one of the eight experts nearly always; others are split. The twenty most frequent ones.", "name": "fig-characters"}, "image": {"alt": "A heat map with eight experts down and twenty characters across. The shade shows which share of a character's occurrences goes to the expert."}} tags=["active-ipynb", "nbval-ignore-output"]
+# %% mystnb={"figure": {"caption": "Many characters go mostly to one of the eight experts; others are split. The twenty most frequent ones.", "name": "fig-characters"}, "image": {"alt": "A heat map with eight experts down and twenty characters across. The shade shows which share of a character's occurrences goes to the expert."}} tags=["active-ipynb", "nbval-ignore-output"]
 # model = runs["8 experts, 1 used"][0][0].eval()
 # windows = val_ids[: len(val_ids) // 50 * 50].view(-1, 50)
 # with torch.no_grad(), record_routing(model) as routings:
@@ -725,11 +725,11 @@ def draw_shares(histories: dict[str, Tensor]) -> "Figure":
 # fig, ax = plt.subplots(figsize=(7.2, 2.6))
 # image = figures.heatmap(ax, table, rows="01234567", cols=names, vmin=0, vmax=1)
 # ax.set(xlabel="character", ylabel="expert")
-# ax.set_xticks(range(20), names, family="monospace", rotation=0)
+# ax.set_xticks(range(20), names, family="monospace", fontsize=8, rotation=0)
 # fig.colorbar(image, label="share");
 
 # %% [markdown]
-# In {numref}`fig-characters`, *space* is the space and *end* the end of a line. A column with one dark cell is a character that goes to one expert nearly always. Where a column has several, what stands around the character decides, too. But do not read a meaning into each cell. {cite:t}`jiang2024mixtral` looked for experts by topic in Mixtral and found none. What they saw was closer to syntax: the same words, indentation in code. *Expert* is a name, and no description.
+# In {numref}`fig-characters`, *space* is the space and *end* the end of a line. A column with one dark cell is a character that goes mostly to one expert. Where a column has several, what stands around the character decides, too. But do not read a meaning into each cell. {cite:t}`jiang2024mixtral` looked for experts by topic in Mixtral and found none. What they saw was closer to syntax: the same words, indentation in code. *Expert* is a name, and no description.
 #
 # ## Capacity
 #
@@ -772,7 +772,7 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: float) -> Tensor:
 #
 # What follows is practical. With a capacity, a sentence decoded token by token has a router that sees one token at a time, and its capacities differ from those in training. A cached model does not equal the uncached one. Filler takes places. The order of the batch matters. One remedy is a larger capacity for evaluation than for training {cite:p}`zoph2022stmoe`; another is to have none.
 #
-# How much is lost? The trained models, with less and less room, in one call with all windows of the last figure:
+# How much is lost? The trained models, with less and less room, in one call with all windows of the last figure (other windows than in the table of bits above, so compare within this one):
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def with_capacity(model: Transformer, capacity: float | None) -> tuple[float, float]:

@@ -38,9 +38,11 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 # %% [markdown]
 # ## A product of two numbers
 #
-# Let a network read two numbers and return their product. How hard is that? A ReLU unit is flat on one side of a line and a ramp on the other. We add up more and more of them, each in a random place, and give them the best output weights there are. The error is measured on the square from $-1$ to $1$:
+# Let a network read two numbers and return their product. How hard is that? A ReLU unit is flat on one side of a line and a ramp on the other. We add up more and more of them, in random places, and find the output weights by least squares. (Training the places too would need fewer.) The last line is one unit of the network that this chapter builds. The error is measured on the square from $-1$ to $1$:
 
 # %% tags=["active-ipynb"]
+# from transformer_annotated import GatedFeedForward
+#
 # side = torch.linspace(-1, 1, 41, dtype=torch.float64)
 # grid = torch.cartesian_prod(side, side)  # (1681, 2)
 # product = grid[:, 0] * grid[:, 1]
@@ -52,8 +54,13 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 #     fit = torch.linalg.lstsq(hidden, product[:, None], driver="gelsd")  # some units may be silent
 #     best = hidden @ fit.solution[:, 0]
 #     print(f"{units:3d} ReLU units: largest error {(best - product).abs().max():.4f}")
-# one = grid @ torch.tensor([1.0, 0.0]).double() * (grid @ torch.tensor([0.0, 1.0]).double())
-# print(f"  1 unit that multiplies: {(one - product).abs().max():.4f}")
+# one = GatedFeedForward(2, 1, activation=spec(nn.Identity)).double()
+# with torch.no_grad():
+#     one.gate.weight.copy_(torch.tensor([[1.0, 0.0]]))  # reads the first number
+#     one.up.weight.copy_(torch.tensor([[0.0, 1.0]]))  # reads the second
+#     one.down.weight.copy_(torch.tensor([[1.0], [0.0]]))  # the unit is the first output
+#     error = (one(grid)[:, 0] - product).abs().max()
+# print(f"  1 unit that multiplies: largest error {error:.4f}")
 
 # %% [markdown]
 # Ramps can come near a product, but they need many. A unit that is itself a product of two linear readings has it at once. That is the idea of this chapter's second half. First the bend.
@@ -66,8 +73,10 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 # \mathrm{GELU}(z) = z \, \Phi(z), \qquad
 # \mathrm{SiLU}(z) = z \, \sigma(z) = \frac{z}{1 + e^{-z}}
 # $$ (eq-gelu-silu)
+#
+# $\Phi(z)$ is that probability, and $\sigma(z) = 1 / (1 + e^{-z})$ is the sigmoid.
 
-# %% mystnb={"figure": {"caption": "GELU and SiLU are ReLU with a round corner: on the left some gradient passes too, and on the right the slope goes a little above one.", "name": "fig-activations"}, "image": {"alt": "Two panels from -4 to 4. Left, three activations: all near zero on the left and rising on the right, GELU and SiLU dipping slightly below zero. Right, their slopes: ReLU jumps from 0 to 1, the others pass smoothly."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "GELU and SiLU are ReLU with a round corner: on the left some gradient passes too, of either sign, and on the right the slope goes a little above one.", "name": "fig-activations"}, "image": {"alt": "Two panels from -4 to 4. Left, three activations: all near zero on the left and rising on the right, GELU and SiLU dipping slightly below zero. Right, their slopes: ReLU jumps from 0 to 1, the others pass smoothly."}} tags=["active-ipynb"]
 # import matplotlib.pyplot as plt
 #
 # fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.6))
@@ -82,9 +91,9 @@ from transformer_annotated.paper.parts import Spec, check_rate, check_sizes, spe
 # axes[0].legend();
 
 # %% [markdown]
-# In {numref}`fig-activations`, left, all three are nearly the same a few steps away from 0. Right, what matters in training: for $z < 0$ ReLU passes no gradient at all, the others pass some. GELU's slope fades faster on the left than SiLU's.
+# In {numref}`fig-activations`, left, far from 0 all three come together. Right, what matters in training: for $z < 0$ ReLU passes no gradient, the others some. Further left their slope is even a little below 0: both curves have a lowest point and rise again. SiLU's slope reaches further to the left than GELU's.
 #
-# GELU has a twin, an approximation by tanh that is in the same paper. GPT-2 was trained with it, BERT without. How far are they apart?
+# GELU has a twin, an approximation by tanh that is in the same paper. GPT-2 has it. BERT's code began with the exact one and was changed to the twin later. How far are they apart?
 
 # %% tags=["active-ipynb"]
 # z = torch.linspace(-6, 6, 100_001, dtype=torch.float64)
@@ -121,18 +130,19 @@ def draw_units() -> Any:
         image = ax.imshow(
             values.numpy(), origin="lower", extent=(-3, 3, -3, 3), cmap=DIVERGING, vmin=-5, vmax=5
         )
-        ax.contour(side, side, values.numpy(), levels=[0.0], colors="black", linewidths=0.8)
+        edge = up if title == "ReLU(up)" else values
+        ax.contour(side, side, edge.numpy(), levels=[0.0], colors="black", linewidths=0.8)
         ax.set(title=title, xlabel="$x_1$", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
         ax.grid(False)
     axes[0].set_ylabel("$x_2$")
-    fig.colorbar(image, ax=axes[3], shrink=0.7)
+    fig.colorbar(image, ax=axes[3], shrink=0.7, extend="both")
     return axes
 
-# %% mystnb={"figure": {"caption": "A ReLU unit knows two regions, off and a ramp. A gated unit is off where its gate is, and elsewhere positive or negative, as its second reading has it.", "name": "fig-gated-unit"}, "image": {"alt": "Four heat maps of the plane. ReLU of up: zero below a line, a ramp above. Up: a ramp through zero. SiLU of gate: near zero on the left, a ramp on the right. Their product: near zero on the left, positive at the upper right, negative at the lower right."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "A ReLU unit knows two regions, off and a ramp. A gated unit is nearly off where its gate is closed, and elsewhere positive or negative, as its second reading has it.", "name": "fig-gated-unit"}, "image": {"alt": "Four heat maps of the plane. ReLU of up: zero below a line, a ramp above. Up: a ramp through zero. SiLU of gate: near zero on the left, a ramp on the right. Their product: near zero on the left, positive at the upper right, negative at the lower right."}} tags=["active-ipynb"]
 # draw_units();
 
 # %% [markdown]
-# On the right of {numref}`fig-gated-unit` is the product of the two panels before it. Where the gate is open the unit is a ramp, and how far it is open decides how steep. A ReLU unit's ramp is equally steep everywhere. The black lines are where a panel changes its sign, or leaves zero.
+# On the right of {numref}`fig-gated-unit` is the product of the two panels before it. Where the gate is open the unit is a ramp, and how far it is open decides how steep. A ReLU unit's ramp is equally steep everywhere. The black lines are where a panel changes its sign, or leaves zero. (The darkest colour also stands for values beyond the scale.)
 #
 # In symbols, with three matrices and no biases {cite:p}`shazeer2020glu`:
 #
@@ -180,7 +190,7 @@ class GatedFeedForward(nn.Module):
         return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
 
 # %% [markdown]
-# The last line is {eq}`eq-gated`: `gate` is $W$, `up` is $V$, `down` is $W_2$, `activation` is $f$. Which of the two readings goes through $f$ is a convention, and files differ in their names for it: Llama has `gate_proj` and `up_proj`, T5 has `wi_0` and `wi_1`. In both the first goes through $f$.
+# The last line is {eq}`eq-gated`: `gate` is $W$, `up` is $V$, `down` is $W_2$, `activation` is $f$. Which of the two readings goes through $f$ is a convention, and files differ in their names for it: Llama has `gate_proj` and `up_proj` in `transformers`, `w1` and `w3` in Meta's own files (there `w2` is the way down), T5 has `wi_0` and `wi_1`. In all three the first goes through $f$.
 #
 # ## Proof
 #
@@ -257,7 +267,7 @@ def matched_width(d_ff: int, multiple: int = 8) -> int:
 # print("Llama 3, D = 4096: 1.3 times as wide, multiple of 1024:", llama_3)
 
 # %% [markdown]
-# The last column holds the widths of the four models of {cite:t}`touvron2023llama`. The smallest Llama 3 has 14,336 {cite:p}`grattafiori2024llama3`: there the rule was left on purpose, and the network made wider by a factor of 1.3.
+# The last column holds the widths of the four models of {cite:t}`touvron2023llama`. Llama 3 8B {cite:p}`grattafiori2024llama3` is wider than the rule by a factor of 1.3 (in its `params.json`): 14,336.
 #
 # ## The patches
 #
@@ -269,7 +279,7 @@ SWIGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048))}
 GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec(nn.GELU))}
 
 # %% tags=["active-ipynb"]
-# from transformer_annotated import GEGLU, count_parameters
+# from transformer_annotated import count_parameters
 #
 # total = count_parameters(PAPER_BASE)["total"]
 # for name, change in {"GELU": GELU, "SWIGLU": SWIGLU, "GEGLU": GEGLU}.items():
@@ -315,19 +325,18 @@ GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec
 #     print(f"{name:13s} {count_parameters(config)['total']:,} parameters")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# def trained(config: object, seed: int, rate: float = 5e-3) -> Transformer:
+# def trained(config: object, seed: int, rate: float = 5e-3, steps: int = 150) -> Transformer:
 #     torch.manual_seed(seed)
 #     model = Transformer(config)
-#     train_language_model(model, ids, steps=150 if full else 3, rate=rate, seed=seed)
+#     train_language_model(model, ids, steps=steps if full else 3, rate=rate, seed=seed)
 #     return model.eval()
 #
 #
 # found: dict[str, list[float]] = {name: [] for name in VARIANTS}
-# models = {}
 # for seed in range(3 if full else 1):
 #     for name, config in VARIANTS.items():
-#         models[name] = trained(config, seed)
-#         found[name].append(bits_per_byte(models[name], val, n_bytes))
+#         found[name].append(bits_per_byte(trained(config, seed), val, n_bytes))
+# print(f"guessing evenly: {math.log2(characters.vocab_size):.3f} bits, if a character is a byte")
 # for name, losses in found.items():
 #     better = sum(a < b for a, b in zip(losses, found["ReLU, 2017"], strict=True))
 #     print(
@@ -335,7 +344,7 @@ GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec
 #         f"from {min(losses):.3f} to {max(losses):.3f}   below ReLU in {better} of {len(losses)}"
 #     )
 
-# %% mystnb={"figure": {"caption": "Bits per byte after the same steps, one dot a seed, lower is better. The differences between networks are small beside what the model has learned.", "name": "fig-gated-loss"}, "image": {"alt": "Five rows, one for each network, each with three dots for three seeds and a line for their mean, over bits per byte."}} tags=["active-ipynb"]
+# %% mystnb={"figure": {"caption": "Bits per byte after the same steps, one dot a seed; lower is better. Guessing evenly costs $\\log_2 V$ bits, printed above; all five are far below.", "name": "fig-gated-loss"}, "image": {"alt": "Five rows, one for each network, each with three dots for three seeds and a line for their mean, over bits per byte."}} tags=["active-ipynb"]
 # fig, ax = plt.subplots(figsize=(7.2, 2.4))
 # for row, losses in enumerate(found.values()):
 #     ax.plot(losses, [row] * len(losses), "o", markersize=5)
@@ -345,9 +354,11 @@ GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec
 # ax.set(xlabel="bits per byte, on text not trained on");
 
 # %% [markdown]
-# Read {numref}`fig-gated-loss` row against row. Where the dots of two networks mix, three seeds can hardly tell them apart. The same seed means the same batches, so seeds share their luck; that is why the table above also counts seed against seed. And look at the axis: it is short. This is a small model after few steps, and says nothing about a thousand times as many.
+# Read {numref}`fig-gated-loss` row against row. Three groups. ReLU and GELU mix: three seeds cannot tell them apart. SwiGLU and GEGLU lie below both with every seed, and mix with each other. ReLU squared, without a third matrix, is the lowest of all. The same seed means the same batches, so seeds share their luck; that is why the table above also counts seed against seed.
 #
-# The same budget for every patch of this part, three seeds, two tasks; Chapter 35 has the whole matrix. Look at whether the ranges overlap:
+# Be careful with it. The axis is short. All five had one learning rate, and it was tuned for none of them. And this is a small model after few steps, which says nothing about a thousand times as many.
+#
+# The same budget for every patch of this part, three seeds, two tasks; Chapter 35 has the whole matrix. Lower is better. Look at whether the ranges overlap:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # from transformer_annotated.book import measured
@@ -355,6 +366,8 @@ GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec
 # print(measured("gelu", "swiglu", "geglu"))
 
 # %% [markdown]
+# On translation all three are ahead of the paper's ReLU with every seed, and their ranges lie apart from its range. Most of that is there without a gate. On text the two gated ones are ahead with every seed; GELU's range overlaps the paper's. Which gated network is the better one depends on the task.
+#
 # And the price in time. The matrices are as large as before. What is new is a product of $F'$ numbers, and SiLU costs more than ReLU; on the other hand there are fewer hidden units to do it for.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
@@ -379,15 +392,37 @@ GEGLU = {"ffn": spec(GatedFeedForward, d_ff=matched_width(2048), activation=spec
 # %% [markdown]
 # The matrix products decide, and there are as many multiplications in them as before.
 #
+# Memory is another matter. For the backward pass, a network keeps what its gradients need. We count those tensors in one pass, the input and the weights left out:
+
+# %% tags=["active-ipynb"]
+# x = torch.randn(10, 512, requires_grad=True)
+# for name, ffn in {
+#     "ReLU": FeedForward(512, 2048),
+#     "GELU": FeedForward(512, 2048, activation=spec(nn.GELU)),
+#     "SwiGLU": GatedFeedForward(512, matched_width(2048)),
+# }.items():
+#     kept: dict[int, Tensor] = {}
+#     with torch.autograd.graph.saved_tensors_hooks(
+#         lambda t, kept=kept: kept.setdefault(t.data_ptr(), t), lambda t: t
+#     ):
+#         y = ffn(x)
+#     for other in (x, *ffn.parameters()):
+#         kept.pop(other.data_ptr(), None)
+#     widths = [t.shape[-1] for t in kept.values()]
+#     print(f"{name:8s}{len(widths)} x {widths[0]} = {sum(widths)} numbers a token")
+
+# %% [markdown]
+# ReLU needs its own output, and that is what the next matrix needs too: one tensor of $F$ numbers. GELU needs its input besides. A gated network keeps four of $F'$: the gate before and after $f$, the other factor, and the product.
+#
 # ## Dead units
 #
-# Chapter 5 warned of units that no input wakes. Their slope is 0 for every token, so nothing will ever change them. We count units whose slope never exceeds a hundredth on a piece of text, in models that were trained with the rate above and with one twenty times as high.
+# Chapter 5 warned of units that no input wakes. Their slope is 0 for every token, so their own weights get no gradient. Only a change in the layers below can wake them. We count units whose slope never exceeds a hundredth on a piece of text. Each network is trained for fewer steps than above, with the rate above and with one twenty times as high; SiLU without a gate is among them.
 
 # %%
 def quiet_share(model: nn.Module, run: Callable[[], Any], slope: float = 0.01) -> float:
     """The share of hidden units whose activation's slope never exceeds `slope` during `run()`.
 
-    Looks at every FeedForward and GatedFeedForward of `model`; a unit that is quiet is not trained.
+    Looks at every FeedForward and GatedFeedForward of `model`; a unit that is quiet is hardly trained.
     """
     steepest: dict[str, Tensor] = {}
 
@@ -416,15 +451,26 @@ def quiet_share(model: nn.Module, run: Callable[[], Any], slope: float = 0.01) -
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # some = ids[: 8192 if full else 256].view(-1, 64)
-# for name in ("ReLU, 2017", "GELU", "SwiGLU"):
-#     line = f"{name:11s}"
-#     for rate, model in ((5e-3, models[name]), (1e-1, trained(VARIANTS[name], 0, rate=1e-1))):
-#         with torch.no_grad():
-#             line += f"   rate {rate:g}: {quiet_share(model, lambda model=model: model(some)):6.1%}"
-#     print(line)
+# print(f"{'':9}{'rate 0.005':>14}{'rate 0.1, three seeds':>28}{'mean':>10}")
+# for name, config in {
+#     "ReLU": small,
+#     "GELU": VARIANTS["GELU"],
+#     "SiLU": patch(small, {"ffn.activation": spec(nn.SiLU)}),
+#     "GEGLU": VARIANTS["GEGLU"],
+#     "SwiGLU": VARIANTS["SwiGLU"],
+# }.items():
+#     lost: dict[float, list[float]] = {5e-3: [], 1e-1: []}
+#     for rate, shares in lost.items():
+#         for seed in range(3 if full else 1):
+#             model = trained(config, seed, rate, steps=60)
+#             with torch.no_grad():
+#                 shares.append(quiet_share(model, lambda model=model: model(some)))
+#     low, high = lost.values()
+#     seeds = " ".join(f"{share:6.1%}" for share in high)
+#     print(f"{name:9s}  at most {max(low):.1%}{seeds:>28}{sum(high) / len(high):10.1%}")
 
 # %% [markdown]
-# One model each, so take it as an example. At the ordinary rate no unit should be lost. At the high one, compare the rows: a round corner alone does not save a unit, since far to the left GELU's slope is as good as 0. SiLU's fades slowly, and a unit there can still come back.
+# At the ordinary rate hardly a unit is lost. At the high one every network loses many, so a round corner alone does not save every unit: far to the left GELU's slope is as good as 0. SiLU's reaches further, and that did not save them either. But look at the spread over seeds: it is as large as the difference between the rows, so this table does not say which of the smooth ones is safest.
 #
 # ## What the paper said, and what production does
 #
@@ -437,9 +483,9 @@ def quiet_share(model: nn.Module, run: Callable[[], Any], slope: float = 0.01) -
 # ## How it breaks, and how you notice
 #
 # - *The roles swapped.* $f$ on `up` instead of on `gate`. Trained so, a model is as good: the names are exchanged. Somebody else's weights give noise: compare logits.
-# - *One joined matrix cut the wrong way.* Some files have $W$ first, some $V$, some take every second row. The sign is the same: noise with the right shapes.
-# - *The full width kept.* The gated network wins because it is half as large again. Count parameters before you compare.
-# - *GELU and its twin.* Nothing visible; logits differ in the third or fourth digit. Read the config: `gelu` and `gelu_new` are two things.
+# - *One joined matrix cut the wrong way.* Some files have $W$ first, some $V$, some take every second row. You notice it in the same way: noise, with the right shapes.
+# - *The full width kept.* The gated network is half as large again. It may win only because of that. Count parameters before you compare.
+# - *GELU and its twin.* Nothing visible: the text looks the same, and the logits differ by more than rounding does. Read the config: `gelu` and `gelu_new` are two things.
 #
 # ## Takeaways
 #
@@ -453,14 +499,15 @@ def quiet_share(model: nn.Module, run: Callable[[], Any], slope: float = 0.01) -
 # from transformer_annotated.book import check
 
 # %% [markdown]
-# **Exercise 28.1.** A network of the paper's kind, without biases, has $D = 768$ and $F = 3072$. Which width gives a gated one without biases exactly as many parameters?
+# **Exercise 28.1.** In Exercise 5.2 no network had biases. Now both have them in every layer. The paper's network has $D = 768$ and $F = 3072$. What is the largest width with which a gated one has no more parameters?
 
 # %% tags=["active-ipynb"]
 # answer = ...
 # check("28.1", answer)
 
 # %% tags=["active-ipynb", "hide-cell"]
-# answer = 2 * 3072 // 3
+# D, F = 768, 3072
+# answer = (2 * D * F + F) // (3 * D + 2)  # the way down has D biases in both
 # check("28.1", answer)
 
 # %% [markdown]
@@ -479,20 +526,18 @@ def quiet_share(model: nn.Module, run: Callable[[], Any], slope: float = 0.01) -
 # check("28.2", answer)
 
 # %% [markdown]
-# **Exercise 28.3.** Write a function `joined(ffn, x)` that computes a `GatedFeedForward` without biases by two matrix products in all, not three: its `gate` and `up` must not be called. Answer with the function.
+# **Exercise 28.3.** A file holds `gate` and `up` as one matrix of $2F$ rows. Its rows 0, 2, 4, ... are the gate's, in their order, and the others are `up`'s. Write a function `split(stored)` that returns the two matrices, `(gate, up)`, for any $F$ and $D$. Answer with the function.
 
 # %% tags=["active-ipynb"]
 # answer = ...
 # check("28.3", answer)
 
 # %% tags=["active-ipynb", "hide-cell"]
-# def joined(ffn: GatedFeedForward, x: Tensor) -> Tensor:
-#     both = x @ torch.cat((ffn.gate.weight, ffn.up.weight)).T
-#     gate, up = both.chunk(2, dim=-1)
-#     return ffn.down(ffn.activation(gate) * up)
+# def split(stored: Tensor) -> tuple[Tensor, Tensor]:
+#     return stored[0::2], stored[1::2]
 #
 #
-# check("28.3", joined)
+# check("28.3", split)
 
 # %% [markdown]
 # **Exercise 28.4.** A model of Llama 3's kind has $D = 5120$, a factor of 1.3, and widths that are multiples of 256. The code cuts $\frac{8}{3} D$ to a whole number, multiplies by the factor, cuts again, and rounds up. How wide is its feed-forward network?

@@ -7,7 +7,7 @@ their published sizes, and their parameters are counted and compared.
 """
 
 # %% [markdown]
-# Each of the last chapters changed one part. Here they stand side by side, next to the models that people use. The tables are made by code, so they can be checked; most of the models in them can be built.
+# Chapters 26 to 34 changed one part each. Here the changes stand side by side, next to the models that people use. Code makes the tables from configs, and ten of the configs can be built and counted.
 
 # %% mystnb={"figure": {"caption": "Chapter 36 of Part III: the paper and production.", "name": "fig-map-production"}, "image": {"alt": "Twelve boxes in a row, one a chapter. The twelfth, Production, is filled."}} tags=["active-ipynb", "remove-input"]
 # from transformer_annotated import figures
@@ -52,7 +52,7 @@ from transformer_annotated.paper.transformer import (
 # %% [markdown]
 # ## The change
 #
-# Take Llama 3.1 with 8 billion parameters {cite:p}`grattafiori2024llama3`. It is this book's model with five patches, its sizes, and a few switches:
+# Take Llama 3.1 with 8 billion parameters {cite:p}`grattafiori2024llama3`. It is the decoder of this book's model with five patches, Chapter 31's longer context, its sizes, and a few switches:
 
 # %% tags=["active-ipynb"]
 # from transformer_annotated import diff
@@ -73,24 +73,17 @@ from transformer_annotated.paper.transformer import (
 # llama = patch(PAPER_BASE, DECODER_ONLY, *five, switches, widths, depths)
 # print(diff(PAPER_BASE, llama))
 
-# %% mystnb={"figure": {"caption": "Llama 3.1 changes every box that it keeps. The stack on the left and the cross-attention do not exist in it.", "name": "fig-seams-production"}, "image": {"alt": "The two stacks of boxes of the Transformer. Embedding, self-attention, residual, feed-forward network, final norm and head are coloured; cross-attention is not."}} tags=["active-ipynb"]
-# figures.seams(["embedding", "self_attention", "residual", "ffn", "final_norm", "head"]);
-
 # %% [markdown]
 # ## What would you still recognise?
 #
-# If you opened this model with the paper in hand, what would you still recognise? {numref}`fig-seams-production` seems to say: nothing. Yet the class that builds it is the class of Chapter 8. So count. First the places where the two descriptions differ:
+# The list is long. Yet the class that builds this model is the class of Chapter 8. So count. First the places where the two descriptions differ:
 
 # %% tags=["active-ipynb"]
-# from transformer_annotated import paths
-#
 # changed = diff(PAPER_BASE, llama).count("\n- ") + 1
 # print(f"{changed} places differ")
-# same = [path for path in paths(llama) if path in paths(PAPER_BASE)]
-# print(f"{len(paths(llama))} paths describe Llama, {len(same)} of them exist in the paper's config")
 
 # %% [markdown]
-# That counts a width like a new idea. Better to count by **seam**: a place where a part can be exchanged. To do that for many models, their facts must be data.
+# That counts a width like a new idea. Better to count by **seam**: a place where a part can be exchanged. For many models, that needs their facts as data.
 #
 # ## Published models as data
 #
@@ -169,7 +162,7 @@ EARLY: dict[str, Published] = {
         (ENCODER_ONLY, LEARNED, UNSCALED, GELU, {"norm.eps": 1e-12},
          sizes(30_522, 768, 12, 12, 3072)),
         {"embedding": "as it is, plus segments, then a norm",
-         "head": "the embedding's table, after one more layer"},
+         "head": "the embedding's table, after one more layer, plus a bias"},
     ),
     "GPT-2 small": Published(
         2019, "radford2019language", 1024, 124_439_808,
@@ -236,7 +229,9 @@ LATE: dict[str, Published] = {
         (*LLAMA, sizes(129_280, 7168, 61, 128), {"self_attention.head_dim": 128},
          mixture_of_experts(256, 8, expert=spec(GatedFeedForward, d_ff=2048)),
          {"self_attention.position.scaling": spec(YaRN, factor=40.0, original=4096)}),
-        {"key heads": "from one short vector a token (latent attention)",
+        {"positions": "RoPE on 64 extra numbers a head, base 10,000, stretched (YaRN)",
+         "scores": "divided by the root of 192, times YaRN's factor",
+         "key heads": "from one short vector a token (latent attention)",
          "feed-forward": "256 SwiGLU experts, 8 a token, and a shared one; 3 layers dense"},
     ),
     "Gemma 3 1B": Published(
@@ -254,7 +249,8 @@ LATE: dict[str, Published] = {
     ),
     "gpt-oss-120b": Published(
         2025, "openai2025gptoss", 131_072, None,
-        (*LLAMA[:4], UNSCALED, UNTIED, {"norm.eps": 1e-5, "dropout": 0.0}, grouped_queries(8),
+        (DECODER_ONLY, PRE_LN, RMS_NORM, ROPE, UNSCALED, UNTIED,
+         {"norm.eps": 1e-5, "dropout": 0.0}, grouped_queries(8),
          sizes(201_088, 2880, 36, 64),
          mixture_of_experts(128, 4, expert=spec(GatedFeedForward, d_ff=2880, bias=True)),
          {"self_attention": pattern("LG", L=spec(MultiHeadAttention, n_heads=64, window=128),
@@ -262,7 +258,8 @@ LATE: dict[str, Published] = {
           "self_attention.head_dim": 64, "self_attention.position.base": 1.5e5,
           "self_attention.position.scaling": spec(YaRN, factor=32.0, original=4096)}),
         {"scores": "divided by √d, and a learned number in the softmax's sum",
-         "feed-forward": "128 SwiGLU experts, their numbers clipped, 4 a token"},
+         "feed-forward": "128 experts, 4 a token, with a SwiGLU of their own"
+         " (clipped, σ(1.702 x), one branch plus 1)"},
     ),
 }  # fmt: skip
 
@@ -271,7 +268,7 @@ MODELS = EARLY | LATE
 # %% [markdown]
 # The sources, with the years that the tables show. The paper: {cite:t}`vaswani2017attention`. *BERT*: {cite:t}`devlin2019bert`. *GPT-2*: {cite:t}`radford2019language`. *T5*: {cite:t}`raffel2020exploring`; its version 1.1, which was trained anew with gates, is described with its weights {cite:p}`google2020t5`. *Llama 2*: {cite:t}`touvron2023llama2`. *MPT*: {cite:t}`mosaicml2023mpt`. *Mistral 7B*: {cite:t}`jiang2023mistral`. *Mixtral*: {cite:t}`jiang2024mixtral`. *Llama 3.1*: {cite:t}`grattafiori2024llama3`, and the scaling of its positions from the reference code {cite:p}`meta2024llama31`. *Gemma 2* and *Gemma 3*: {cite:t}`gemma2024gemma2`; {cite:t}`gemma2025gemma3`. *OLMo 2*: {cite:t}`olmo2024olmo2`. *DeepSeek-V3*: {cite:t}`deepseek2024v3`. *Qwen3*: {cite:t}`qwen2025qwen3`. *gpt-oss*: {cite:t}`openai2025gptoss`.
 #
-# Details that a report leaves out, such as the rows of the table of tokens, are those of the published weights. Dropout is what the reports or the published code say, and 0 where neither names any.
+# Where report and published weights differ, the table follows the weights: 256,000 rows for Gemma 2 (report 256,128), 151,936 for Qwen3 (151,669), and a window of 512 for Gemma 3 1B (the report names 1,024). What a report leaves out is from the weights, too. Dropout is what the reports or the published code say, and 0 where neither names any.
 
 # %%
 def as_config(name: str) -> Config:
@@ -321,15 +318,15 @@ def as_config(name: str) -> Config:
 #         assert total == model.parameters
 
 # %% [markdown]
-# Equal, to the last parameter. The right column is that of the published weights. The test suite does not trust our typing: it gives the same sizes to the model classes of the `transformers` library {cite:p}`wolf2020transformers`, and compares. (Release 5 of that library ties the head of every T5. The weights of T5 1.1 have a head of their own, and the test adds it.)
+# Equal, to the last parameter. The right column was typed from the published weights. The tests type the sizes a second time and give them to the classes of `transformers` {cite:p}`wolf2020transformers`: that checks the arithmetic. A size wrong in both places, and in the number too, would pass. (Release 5 of that library ties the head of every T5. The weights of T5 1.1 have a head of their own, and the test adds it.)
 #
-# A number of parameters proves much, and not all. The number cannot tell base 10,000 from base 500,000, or post-LN from pre-LN without its last norm. For that, outputs must be compared, with published weights. A later part does it.
+# A number of parameters proves much, and not all. It cannot tell base 10,000 from base 500,000, or post-LN from pre-LN without its last norm. Outputs can. The tests compare outputs as well: small copies of all ten models, with the same random weights, against the classes of `transformers`. All logits agree to $10^{-4}$. With the published weights, a later part does it.
 #
-# One more check that needs no weights. Make each model small, with every part in its place. Does it run, does each parameter get a gradient, is the future hidden? And can its description be saved and read?
+# One more check runs on this page. Make each model small, with every part in its place. Does it run, does each parameter get a gradient, is the future hidden? And can its description be saved and read?
 #
 # Two functions help. `described` reads a config and says in words what stands at each seam; it will also write the tables. `small` changes the sizes, and nothing that `described` tells.
 
-# %%
+# %% tags=["hide-input"]
 WORDS: dict[Any, str] = {
     PostNorm: "behind the addition",
     PreNorm: "before the sub-layer",
@@ -347,7 +344,7 @@ def name_of(part: Spec[nn.Module]) -> str:
     """What a component is called: `WORDS`, or the name of its class."""
     return WORDS.get(part.target, getattr(part.target, "__name__", ""))
 
-# %%
+# %% tags=["hide-input"]
 def positions_of(config: Config, attentions: Sequence[Mapping[str, Any]]) -> str:
     """How a model knows its positions, in words."""
     stack = config.decoder or config.encoder
@@ -364,14 +361,13 @@ def positions_of(config: Config, attentions: Sequence[Mapping[str, Any]]) -> str
     return f"RoPE, base {bases}" + ("" if scaling is None else f", {name_of(scaling)}")
 
 
-def reach_of(attentions: Sequence[Mapping[str, Any]]) -> str:
-    """Which keys a query may see, in words."""
-    windows = [attention["window"] for attention in attentions if attention["window"] is not None]
+def reach_of(attentions: Sequence[Mapping[str, Any]], n_layers: int) -> str:
+    """Which keys a query may see in how many layers, in words; the pattern is repeated."""
+    layers = [attentions[i % len(attentions)]["window"] for i in range(n_layers)]
+    windows = [window for window in layers if window is not None]
     if not windows:
         return "all positions"
-    part = (
-        "" if len(windows) == len(attentions) else f" in {len(windows)} of {len(attentions)} layers"
-    )
+    part = "" if len(windows) == n_layers else f" in {len(windows)} of {n_layers} layers"
     return f"the last {windows[0]:,}{part}"
 
 
@@ -383,7 +379,7 @@ def feed_forward_of(ffn: Spec[nn.Module]) -> str:
     name = name_of(ffn.kwargs["activation"])
     return {"SiLU": "SwiGLU", "GELU": "GEGLU"}[name] if ffn.target is GatedFeedForward else name
 
-# %%
+# %% tags=["hide-input"]
 def parts_of(config: Config) -> tuple[list[Mapping[str, Any]], Spec[nn.Module]]:
     """One round of self-attention's pattern, as arguments, and the feed-forward network.
 
@@ -397,8 +393,14 @@ def parts_of(config: Config) -> tuple[list[Mapping[str, Any]], Spec[nn.Module]]:
     return [part.kwargs for part in specs if part is not None], stack.ffn
 
 
+def depth_of(config: Config) -> int:
+    """The layers of the decoder, or of an encoder alone."""
+    stack = config.decoder or config.encoder
+    return 0 if stack is None else stack.n_layers
+
+
 def described(config: Config) -> dict[str, str]:
-    """What each seam of `config` holds, in words; widths and depths are left out.
+    """What each seam of `config` holds, in words; widths and depths are not told by themselves.
 
     For a config with self-attention, and one kind of residual and of feed-forward network.
     """
@@ -423,20 +425,21 @@ def described(config: Config) -> dict[str, str]:
         "scores": ("divided by √d" if first["scale"] is None else "not divided" if first["scale"] == 1 else f"times {first['scale']:g}")
         + ("" if first["qk_norm"] is None else ", QK-norm") + cap,
         "key heads": "one for each query head" if group == 1 else f"one for {group} query heads",
-        "reach": reach_of(attentions),
+        "reach": reach_of(attentions, depth_of(config)),
         "feed-forward": feed_forward_of(ffn),
-        "bias vectors": "yes" if all(biases) else "in some layers" if any(biases) else "none",
+        "bias vectors": "yes" if all(biases) else "in some parts" if any(biases) else "none",
         "head": ("the embedding's table" if head["tied"] else "a table of its own")
         + ("" if head["softcap"] is None else f", soft-cap {head['softcap']:g}"),
     }  # fmt: skip
 
-# %%
+# %% tags=["hide-input"]
 def small(config: Config) -> Config:
-    """The model with small widths and one round of its pattern; its `described` is the same."""
+    """The model with small widths, and one layer if all are alike; its `described` is the same."""
     attentions, ffn = parts_of(config)
     group = attentions[0]["n_heads"] // (attentions[0]["n_kv_heads"] or attentions[0]["n_heads"])
+    depth = 1 if len(attentions) == 1 else depth_of(config)
     hidden = "ffn.expert.d_ff" if ffn.target is MixtureOfExperts else "ffn.d_ff"
-    change: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "n_layers": len(attentions)}
+    change: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "n_layers": depth}
     for name in ("self_attention", "cross_attention"):
         change |= {f"{name}.n_heads": 8, f"{name}.n_kv_heads": 8 // group, f"{name}.head_dim": 8}
     return patch(config, change, {hidden: 48})
@@ -461,14 +464,14 @@ def small(config: Config) -> Config:
 #     other[:, -1] = (other[:, -1] + 1) % 50
 #     past = (model(*inputs[:-1], other)[:, :-1], logits[:, :-1])  # one future was changed
 #     torch.testing.assert_close(*past, rtol=0, atol=1e-10)
-#     print(
-#         f"{name:14s} {len(slopes):3d} gradients, causal, saved in {len(to_json(config)):5,} bytes"
-#     )
+#     print(f"{name:14s} runs, hides the future, every parameter has a gradient")
 
 # %% [markdown]
+# 33 tokens are fewer than any window, so no window acts here; Chapter 33 tests windows. In the tests' copies windows are 7 tokens wide, and act.
+#
 # ## The tables
 #
-# No cell of these tables was typed: `described` reads the configs, and what a model has beyond this book is added from its entry. Three helpers collect the words.
+# No cell about a part that the book has was typed by hand: `described` reads the configs. Only what lies beyond the book is typed, in the entries above. Three helpers collect the words.
 
 # %%
 def kept(name: str) -> list[str]:
@@ -525,7 +528,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 # show("scores", "key heads", "reach")
 
 # %% [markdown]
-# The division by $\sqrt{d}$ is still there in all models but T5. QK-norm and the soft-cap guard against large scores. The learned number of gpt-oss lets a head look at nothing. More than half of the later models share key heads. Windows are found in some, mostly in a pattern with full layers.
+# All models but T5 still divide the scores by the root of a width. QK-norm and the soft-cap guard against large scores. The learned number of gpt-oss lets a head look at nothing. More than half of the later models share key heads. Windows are found in some, mostly in a pattern with full layers.
 #
 # **Feed-forward networks, and the two ends** (Chapters 28 and 34, and Chapter 7):
 
@@ -548,11 +551,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 #
 #
 # lines = [(name, *sizes_of(model.config)) for name, model in MODELS.items()]
-# lines = [[*l[:4], "–", *l[5:]] if "key heads" in MODELS[l[0]].beyond else l for l in lines]
+# latent = {"DeepSeek-V3": ("–", "128 + 64")}  # no key heads are stored; 64 numbers more for RoPE
+# lines = [(*l[:4], *latent.get(l[0], l[4:6]), *l[6:]) for l in lines]
 # Markdown(table(["model", "N", "D", "H", "K", "d", "F", "V"], lines))
 
 # %% [markdown]
-# What one text of the full length costs: the bytes of the cache in 16 bits (Chapter 32), where the book can build the model and it writes. A layer with a window keeps the window and no more (Chapter 33).
+# What one text of the full length costs: the bytes of the cache in 16 bits (Chapter 32), where the book can build the model and it writes. A layer with a window of $W$ keeps the last $W - 1$ tokens (Chapter 33). T5's number includes 512 source positions.
 
 # %% tags=["active-ipynb"]
 # from transformer_annotated import cache_bytes
@@ -611,32 +615,38 @@ def draw_changes() -> Any:
     return ax
 
 # %% mystnb={"figure": {"caption": "After 2020 no model of this list keeps more than four of the eleven seams as they were in 2017, and no seam is kept by all.", "name": "fig-changes"}, "image": {"alt": "A grid: fifteen models as rows, eleven seams as columns. The first row is white. BERT and GPT-2 have six white cells, the models after 2020 between one and four. At the right stands the number of white cells."}} tags=["active-ipynb"]
-# counts = {name: len(kept(name)) for name in MODELS}
-# assert max(counts[name] for name in LATE) == 4
-# assert counts["BERT base"] == counts["GPT-2 small"] == 6
-# assert len(choices("positions")["sinusoids, added"]) == len(choices("feed-forward")["ReLU"]) == 1
-# assert not set.intersection(*(set(kept(name)) for name in MODELS))
 # draw_changes();
 
 # %% [markdown]
 # Read {numref}`fig-changes` by columns. *Scores* and *reach* are the whitest: a weighted mean with a softmax, over all positions, is what most models still compute. *Positions* and *feed-forward* are coloured everywhere below the first row.
 #
-# How long does a change take from its paper to the models? Take the twelve changes that Chapter 35 measures. For each, here is the year of a paper that proposed or studied it, and how many models of this page have it, year by year:
+# ## What did not change
+#
+# The figure shows what moved. This did not:
+#
+# - **The stream.** Vectors of one width pass from bottom to top, and each sub-layer adds to them.
+# - **Attention.** A softmax over scaled scores, a weighted mean of values, several heads side by side.
+# - **The rhythm.** Attention mixes positions; then a network works on each position alone.
+# - **The ends.** A table of tokens in, a score for every token out. Tokens are pieces of words {cite:p}`sennrich2016neural`.
+# - **The training, mostly.** The next token, at all positions at once, with the truth as input. There are exceptions: BERT and T5 fill gaps (T5 by writing them), the two Gemmas learn from a larger model's probabilities, and DeepSeek-V3 also predicts the token after the next. The optimiser is a relative of Adam {cite:p}`kingma2015adam`: Llama 3 and DeepSeek-V3 use AdamW {cite:p}`loshchilov2019decoupled`.
+#
+# That these parts stayed is visible in the code: `Layer.forward` and `MultiHeadAttention.forward` of Part I run the ten models that this book can build, unchanged.
+#
+# ## What we measured
+#
+# Each patch, its chapter, how many of the fourteen models have it, and what it did in the ablation matrix of [Chapter 35](ablation.ipynb). There each patch alone is compared with the paper's model: the same budget, with the width of the feed-forward network chosen so that the parameters are nearly equal (experts excepted). The difference is in nats a token for translation and in bits a byte for language. Below zero is better. A model counts if it has the idea, sandwich norms under `pre_ln`, gated experts under `swiglu`; the row measures the patch as printed.
 
 # %%
 @dataclass(frozen=True)
 class Change:
-    """A change, its chapter, a work on it, and how to see it in a model's words.
+    """A change of the ablation matrix, its chapter, and how to see it in a model's words.
 
     Attributes:
         chapter: of this book.
-        source, year: key of a work that proposed or studied it, and that work's year.
         seam, sign: a model has the change if its words at `seam` hold `sign`.
     """
 
     chapter: int
-    source: str
-    year: int
     seam: str
     sign: str
 
@@ -647,71 +657,19 @@ class Change:
 
 
 CHANGES: dict[str, Change] = {  # by the rows of the ablation matrix
-    "gelu": Change(28, "hendrycks2016gaussian", 2016, "feed-forward", "GELU"),
-    "experts": Change(34, "shazeer2017outrageously", 2017, "feed-forward", "experts"),
-    "rms_norm": Change(27, "zhang2019root", 2019, "norm", "RMSNorm"),
-    "pre_ln": Change(26, "xiong2020layer", 2020, "order", "before the sub-layer"),
-    "t5_bias": Change(30, "raffel2020exploring", 2020, "positions", "T5"),
-    "window": Change(33, "beltagy2020longformer", 2020, "reach", "last"),
-    "geglu": Change(28, "shazeer2020glu", 2020, "feed-forward", "GEGLU"),
-    "swiglu": Change(28, "shazeer2020glu", 2020, "feed-forward", "SwiGLU"),
-    "qk_norm": Change(27, "henry2020query", 2020, "scores", "QK-norm"),
-    "rope": Change(29, "su2021roformer", 2021, "positions", "RoPE"),
-    "alibi": Change(30, "press2022train", 2022, "positions", "ALiBi"),
-    "gqa": Change(32, "ainslie2023gqa", 2023, "key heads", "query heads"),
+    "pre_ln": Change(26, "order", "before the sub-layer"),
+    "rms_norm": Change(27, "norm", "RMSNorm"),
+    "qk_norm": Change(27, "scores", "QK-norm"),
+    "gelu": Change(28, "feed-forward", "GELU"),
+    "geglu": Change(28, "feed-forward", "GEGLU"),
+    "swiglu": Change(28, "feed-forward", "SwiGLU"),
+    "rope": Change(29, "positions", "RoPE"),
+    "t5_bias": Change(30, "positions", "T5"),
+    "alibi": Change(30, "positions", "ALiBi"),
+    "gqa": Change(32, "key heads", "query heads"),
+    "window": Change(33, "reach", "last"),
+    "experts": Change(34, "feed-forward", "experts"),
 }
-
-# %% tags=["hide-input"]
-def draw_years() -> Any:
-    """A line a change: a square for its paper, and how many models have it, year by year."""
-    import matplotlib.pyplot as plt
-
-    from transformer_annotated.figures import COLORS
-
-    ax = plt.subplots(figsize=(7.2, 4.1))[1]
-    paper: dict[str, Any] = {
-        "marker": "s",
-        "facecolor": "white",
-        "edgecolor": COLORS[1],
-        "linewidth": 1.6,
-    }
-    for y, change in enumerate(CHANGES.values()):
-        years = [MODELS[name].year for name in change.users]
-        ax.plot([change.year, max(years)], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
-        ax.scatter(change.year, y, s=210, zorder=2, **paper)
-        for year in sorted(set(years)):
-            ax.scatter(year, y, s=130, color=COLORS[0], zorder=3)
-            ax.text(
-                year, y, str(years.count(year)), color="white", ha="center", va="center", fontsize=8
-            )
-    ax.scatter([], [], s=110, label="a paper on it", **paper)
-    ax.scatter([], [], s=110, color=COLORS[0], label="models of this page that have it")
-    ax.set_yticks(range(len(CHANGES)), list(CHANGES))
-    ax.set(ylim=(len(CHANGES) - 0.4, -0.6), xlabel="year", xticks=range(2016, 2026))
-    ax.figure.legend(loc="outside upper center", ncols=2)
-    return ax
-
-# %% mystnb={"figure": {"caption": "Between a paper and the models of this page lie up to seven years, or less than none: pre-LN was in use before the paper that explained it.", "name": "fig-years"}, "image": {"alt": "Twelve lines, one a change, over the years 2016 to 2025. Squares mark papers, numbered circles models. Experts have a square at 2017 and their first circle at 2024; pre-LN has a circle at 2019 and its square at 2020."}} tags=["active-ipynb"]
-# draw_years();
-
-# %% [markdown]
-# In {numref}`fig-years` experts wait longest; larger models outside this list had them in between {cite:p}`lepikhin2020gshard,fedus2021switch`. Pre-LN goes the other way: GPT-2 had it before {cite:t}`xiong2020layer` explained it. The circles are fourteen models that we chose. They are no sample, and prove no trend. The squares: {cite:t}`hendrycks2016gaussian`, {cite:t}`shazeer2017outrageously`, {cite:t}`zhang2019root`, {cite:t}`raffel2020exploring`, {cite:t}`beltagy2020longformer`, {cite:t}`shazeer2020glu`, {cite:t}`henry2020query`, {cite:t}`su2021roformer`, {cite:t}`press2022train`, {cite:t}`ainslie2023gqa`.
-#
-# ## What did not change
-#
-# The figures count what moved. This did not:
-#
-# - **The stream.** Vectors of one width pass from bottom to top, and each sub-layer adds to them.
-# - **Attention.** A softmax over scaled scores, a weighted mean of values, several heads side by side.
-# - **The rhythm.** Attention mixes positions; then a network works on each position alone.
-# - **The ends.** A table of tokens in, a score for every token out. Tokens are pieces of words {cite:p}`sennrich2016neural`.
-# - **The training.** The next token, at all positions at once, with the truth as input. (BERT, which reads and does not write, fills gaps.) The optimiser is a relative of Adam {cite:p}`kingma2015adam`: Llama 3 and DeepSeek-V3 use AdamW {cite:p}`loshchilov2019decoupled`.
-#
-# That these parts stayed is visible in the code: `Layer.forward` and `MultiHeadAttention.forward` of Part I run all of these models.
-#
-# ## What we measured
-#
-# Now the page to print: each patch, its chapter, how many of the fourteen models have it, and what it did in the ablation matrix of [Chapter 35](ablation.ipynb). There each patch alone is compared with the paper's model: the same budget, with the width of the feed-forward network chosen so that the parameters are nearly equal (experts excepted). The difference is in nats a token for translation and in bits a byte for language. Below zero is better.
 
 # %%
 def measured_lines() -> list[dict[str, Any]]:
@@ -735,33 +693,42 @@ def in_words(differences: Sequence[float]) -> str:
 # from transformer_annotated.modern.ablation import SCALES, effects, rows
 #
 # found = measured_lines()
-# alone = rows(SCALES[found[0]["scale"] if found else "smoke"])
+# s = SCALES[found[0]["scale"] if found else "smoke"]
+# alone = rows(s)
 # tasks = ("translation", "language")
-#
-#
-# def line(name: str, change: Change) -> tuple[object, ...]:
-#     settings = "<br>".join(f"`{path}` = `{v!r}`" for path, v in alone[name][0].items())
+# corpora = {"toy": "Chapter 9's small language", "multi30k": "Chapter 11's captions"}
+# corpora["shakespeare"] = "Shakespeare by characters"
+# print(f"Here: {s.n_layers} layers of width {s.d_model};")
+# print(f"translation is {corpora[s.data]}, {s.steps} steps;")
+# print(f"text is {corpora[s.text]}, {s.text_steps} steps.")
+# print(f"Measured on: {found[0]['machine']}" if found else "No runs are stored yet.")
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# def line(name: str, chapter: int, users: str) -> tuple[object, ...]:
+#     changes = {path: getattr(v, "__name__", repr(v)) for path, v in alone[name][0].items()}
+#     settings = "<br>".join(f"`{path}` = `{v}`" for path, v in changes.items())
 #     measured = [in_words(effects(found, task).get(name, ())) for task in tasks]
-#     return name, change.chapter, f"{len(change.users)} of {len(MODELS) - 1}", *measured, settings
+#     return name, chapter, users, *measured, settings
 #
 #
-# print(found[0]["scale"] + ": " + found[0]["machine"] if found else "no runs stored yet")
-# in_order = sorted(CHANGES.items(), key=lambda entry: entry[1].chapter)
+# count = len(MODELS) - 1
+# lines = [line(n, c.chapter, f"{len(c.users)} of {count}") for n, c in CHANGES.items()]
 # header = ["patch", "chapter", "models", "translation", "language", "what it sets"]
-# Markdown(table(header, [line(*entry) for entry in in_order]))
+# Markdown(table(header, [*lines, line("sdpa", 3, "–")]))
 
 # %% [markdown]
-# Few seeds and many rows: one of them may well be better in every seed by luck alone.
+# The last row, `sdpa`, computes the paper's own function with other roundings. It shows the noise of arithmetic, the smallest kind. Few seeds and many rows: one of them may well be better in every seed by luck alone.
 #
 # Compare the column *models* with the two after it. What most models have need not win here, and what wins here need not be in most models. That is a reason to ask what the table *cannot* say:
 #
+# - *Short budgets.* The gains of `rope`, `alibi` and `window` on language are mostly speed of learning: in so few steps the paper's model has not learnt to look at near characters (Chapter 35).
 # - *Depth.* Pre-LN is for stacks deeper than those of the matrix; Chapter 26 trains deeper ones.
 # - *Scale.* Our models are small and our budgets short. That QK-norm keeps training stable is a finding about models of billions of parameters, or of high rates {cite:p}`dehghani2023scaling,wortsman2024small`.
 # - *Long texts.* RoPE's base, its scaling, and windows are for texts much longer than those of the matrix.
 # - *Serving.* Shared key heads and windows exist to save memory and time at decoding. A loss cannot show that; the cache column above does.
 # - *Many tokens.* Experts add parameters, which a large corpus can fill. Ours are small.
 #
-# So for these five the reasons lie elsewhere: in other chapters, and in citations. For the norm itself, the activations and the position schemes at short length, you have a measurement beside the citation.
+# What the table cannot say is said elsewhere: in other chapters, and in citations. For the norm and the activations you have a measurement beside the citation.
 #
 # ## How to read such a table
 #
@@ -795,7 +762,7 @@ def in_words(differences: Sequence[float]) -> str:
 # print(f"Mixtral 8x7B, for a token {active_parameters(mixtral) / 1e9:5.1f} billion")
 
 # %% [markdown]
-# The experts share their attention. The report's own figures are 47 and 13 billion {cite:p}`jiang2024mixtral`.
+# The experts share their attention and the embedding. The report's own figures are 47 and 13 billion {cite:p}`jiang2024mixtral`.
 #
 # **Remember who is missing.** A report lists what was kept. What was tried and dropped is seldom written down, and of many closed models nothing is published.
 #
@@ -809,8 +776,8 @@ def in_words(differences: Sequence[float]) -> str:
 # ## Takeaways
 #
 # - Llama, Mistral, Mixtral, Gemma, Qwen, MPT, GPT-2 and T5 are configs of one class: {eq}`eq-production-parameters` and its kin give their parameters to the last one.
-# - Most seams changed; the stream, attention's formula, the two-step rhythm and the training did not.
-# - A parameter count checks shapes. It cannot check numbers that have no shape.
+# - Most seams changed; the stream, attention's formula, the two-step rhythm did not, and teacher forcing hardly did.
+# - A parameter count checks shapes. It cannot check numbers that have no shape. Logits can.
 # - Who uses a part tells you that it works, not that it is why the model is good.
 #
 # ## Exercises
@@ -819,7 +786,7 @@ def in_words(differences: Sequence[float]) -> str:
 # from transformer_annotated.book import check
 
 # %% [markdown]
-# **Exercise 36.1.** By how many parameters does QK-norm enlarge Qwen3 8B? Do it by hand: 36 layers, heads of 128 numbers, one norm for queries and one for keys.
+# **Exercise 36.1.** By how many parameters does QK-norm enlarge Qwen3 8B? Do it by hand: 36 layers, heads of 128 numbers.
 
 # %% tags=["active-ipynb"]
 # answer = ...
