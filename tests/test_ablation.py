@@ -196,3 +196,11 @@ def test_measured_counts_the_seeds_that_win(monkeypatch: pytest.MonkeyPatch) -> 
     assert text[2].endswith("in 2 of 3 seeds")
     assert text[4].split()[:2] == ["rope", "language"]
     assert text[4].endswith("not measured yet")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_run_in_16_bits(task: ablation.Task, data: EncodedCorpus) -> None:
+    """As the full scale does: two updates and a finite loss, with every kind of component."""
+    scale = replace(TINY, bfloat16=True, steps=2, text_steps=2)
+    for name in ("all", "alibi", "t5_bias", "window", "experts"):
+        assert math.isfinite(run(name, task, 0, (1e-3,), scale, data)["loss"]), name

@@ -141,7 +141,7 @@ SCALES = {
     "smoke": Scale(),
     "full": Scale(
         data="multi30k", vocab_size=8000, d_model=256, n_layers=4, n_heads=8, d_ff=1024,
-        dropout=0.2, steps=1000, max_tokens=8192, peaks=(1e-3, 2e-3), text_steps=800, length=512,
+        dropout=0.2, steps=400, max_tokens=8192, peaks=(1e-3, 2e-3), text_steps=300, length=512,
         batch=64, text_peaks=(1e-3, 2e-3), window=32, bfloat16=True,
     ),
     "wide": Scale(d_model=512, n_heads=8, d_ff=2048),  # the paper's width: for costs alone
