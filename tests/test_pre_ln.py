@@ -17,6 +17,7 @@ from tests.reference import (
     model_map,
     redraw,
 )
+from tests.test_against_torch import DTYPES, LATER, S_REAL, T_REAL, B, D, F, H, T
 from tests.variants import SMALL, build
 from transformer_annotated import (
     DECODER_ONLY,
@@ -42,11 +43,6 @@ from transformer_annotated.modern.pre_ln import (
 )
 from transformer_annotated.paper.transformer import Layer
 
-B, T, S, D, H, F = 2, 5, 6, 16, 4, 20
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-T_REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-S_REAL = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
-LATER = torch.ones(T, T).triu(1).bool()  # the stock modules: True = may NOT be seen
 SRC = torch.tensor([[5, 3, 12, 0, 1, 1], [7, 7, 2, 9, 4, 11]])
 TGT = torch.tensor([[2, 8, 6, 10, 3], [2, 12, 3, 1, 1]])
 FRAMES: dict[str, Any] = {

@@ -436,7 +436,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 #
 # Most models keep heads of 64 to 128 numbers. What changed is the number of *key* heads. Every word that has been read must keep its
 # keys and values, so fewer key heads mean less to store: Llama 3's 8B model has 32 query heads and 8 key heads
-# {cite:p}`grattafiori2024llama3`. Biases in the projections mostly went away. Part III measures both.
+# {cite:p}`grattafiori2024llama3`. Part III measures what sharing them costs (Chapter 32). Biases in the projections mostly went away.
 #
 # ## How it breaks
 #
